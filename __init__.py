@@ -1,0 +1,30 @@
+"""ComfyUI-ControlNeXt: ControlNeXt (arXiv 2408.06070) as native ComfyUI nodes."""
+
+import os
+
+import folder_paths
+from comfy_api.latest import ComfyExtension, io
+
+from .nodes import NODES
+
+WEB_DIRECTORY = "./web"
+
+
+def register_model_folder() -> None:
+    """Add models/controlnext beside any folders of that kind that extra_model_paths.yaml brought."""
+    folder_paths.add_model_folder_path("controlnext", os.path.join(folder_paths.models_dir, "controlnext"))
+    paths, _ = folder_paths.folder_names_and_paths["controlnext"]
+    # a new kind lists every file; this one lists weights
+    folder_paths.folder_names_and_paths["controlnext"] = (paths, folder_paths.supported_pt_extensions)
+
+
+register_model_folder()
+
+
+class ControlNeXtExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> ControlNeXtExtension:
+    return ControlNeXtExtension()

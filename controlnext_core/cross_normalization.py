@@ -1,0 +1,65 @@
+"""Cross normalization (paper, section 3.3): bring control features to the denoiser's statistics, then add them.
+
+    c' = (c - mean(c)) * std(h) / (std(c) + eps) + mean(h);    h <- h + c' * weight
+
+Means and unbiased deviations are per sample over (C, H, W), in float32. The first factor does not depend on ``h``, so
+``standardize`` computes it once and ``add_controls`` only scales, shifts and adds.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def standardize(control: torch.Tensor, eps: float) -> torch.Tensor:
+    """(c - mean(c)) / (std(c) + eps) of control features (N, C, H, W), in their own dtype."""
+    wide = control.float()
+    std, mean = torch.std_mean(wide, dim=(1, 2, 3), keepdim=True)
+    return ((wide - mean) / (std + eps)).to(control.dtype)
+
+
+def fit(control: torch.Tensor, size: tuple[int, int], pool_first: bool, eps: float) -> torch.Tensor:
+    """Standardized control features at the UNet's size.
+
+    The reference's SD1.5 families pool and then normalize, the others normalize and then pool. Pooling commutes with
+    the scale and shift that follow, so both orders end here.
+
+    Args:
+        control: features (N, C, h, w).
+        size: (H, W) of the denoiser's features at the place of injection.
+
+    Returns:
+        (N, C, H, W) in the dtype of ``control``.
+    """
+    if pool_first:
+        return standardize(pool(control, size), eps)
+    return pool(standardize(control, eps), size)
+
+
+def pool(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Adaptive average pooling of (..., C, h, w) to (..., C, H, W); the same tensor when the size is right already."""
+    if features.shape[-2:] == torch.Size(size):
+        return features
+    return F.adaptive_avg_pool2d(features.flatten(0, -4), size).unflatten(0, features.shape[:-3])
+
+
+def add_controls(h: torch.Tensor, controls: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Add every control to ``h``, all normalized against the same uncontrolled ``h``, so that their order is free.
+
+    Args:
+        h: denoiser features (B, C, H, W), B = guidance halves x samples of each.
+        controls: pairs of standardized features (halves or 1, samples or 1, C, H, W) and
+            weights (halves, samples or 1, 1, H or 1, W or 1); other sizes are pooled to H x W.
+
+    Returns:
+        A new (B, C, H, W) tensor; where a weight is 0 the value of ``h`` is kept.
+    """
+    halves = controls[0][1].shape[0]
+    std, mean = torch.std_mean(h.float(), dim=(1, 2, 3), keepdim=True)
+    std, mean = (s.to(h.dtype).unflatten(0, (halves, -1)) for s in (std, mean))
+    out = h.unflatten(0, (halves, -1))
+    for features, weight in controls:
+        features = pool(features, h.shape[-2:])
+        if weight.shape[-2:] != (1, 1):
+            weight = pool(weight, h.shape[-2:])
+        out = torch.addcmul(mean, features, std).mul_(weight).add_(out)
+    return out.flatten(0, 1)

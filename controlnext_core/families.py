@@ -1,0 +1,96 @@
+"""The six released ControlNeXt families: the one table that says how they differ.
+
+Everything else asks the table and never compares family names.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+BASE_NAMES = {"sd15": "SD1.5", "sdxl": "SDXL", "svd": "SVD"}
+
+
+def _as_is(scale: float) -> float:
+    return scale
+
+
+def _fifth(scale: float) -> float:
+    return 0.2 * scale
+
+
+def _sigmoid(scale: float) -> float:
+    return 1.3 / (1.0 + math.exp(-scale))
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one released family computes its features and adds them to the UNet.
+
+    Attributes:
+        name: the name people choose in the loader.
+        base: the UNet that it steers, a key of ``BASE_NAMES``.
+        layout: the state dict layout (see ``layouts``) that its files have.
+        place: where the features enter the UNet.
+        pool_first: pool the features to the UNet's size before normalizing them, not after.
+        eps: added to the standard deviation of the features.
+        gain: learned ``scale`` -> multiplier of the conditional half.
+        zero_negative_scale: the reference sets ``scale`` to 0 for the unconditional half.
+        stem_padding: padding of the stem's second and third convolution; the weights cannot tell it.
+        stem_pool: halve the stem's output with a 2x2 max pooling; the weights cannot tell it.
+    """
+
+    name: str
+    base: str
+    layout: str
+    place: str
+    pool_first: bool
+    eps: float
+    gain: Callable[[float], float] = _as_is
+    zero_negative_scale: bool = False
+    stem_padding: int = 1
+    stem_pool: bool = False
+
+    def gains(self, scale: float) -> tuple[float, float]:
+        """Multipliers of the (conditional, unconditional) half for the learned ``scale`` (1.0 when the file has none)."""
+        return self.gain(scale), self.gain(0.0 if self.zero_negative_scale else scale)
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("sd15", "sd15", "light", "down_0", pool_first=True, eps=1e-12),
+        Family("sd15_mid", "sd15", "mid", "middle", pool_first=True, eps=1e-12),
+        Family("sdxl", "sdxl", "light", "conv_in", pool_first=False, eps=1e-12),
+        Family("svd", "svd", "light", "down_0", pool_first=False, eps=1e-5,
+               gain=_fifth, zero_negative_scale=True, stem_padding=0),
+        Family("svd_padded", "svd", "light", "down_0", pool_first=False, eps=1e-5,
+               gain=_fifth, zero_negative_scale=True),
+        Family("svd_mid", "svd", "video_mid", "before_middle", pool_first=False, eps=1e-5,
+               gain=_sigmoid, zero_negative_scale=True, stem_padding=0, stem_pool=True),
+    )
+}
+
+
+def families_of(layout: str) -> list[Family]:
+    """Families whose files have this state dict layout, in the table's order. ``light`` files leave four."""
+    return [family for family in FAMILIES.values() if family.layout == layout]
+
+
+def resolve(layout: str, variant: str, base: str) -> Family:
+    """The family of a file with ``layout``, loaded as ``variant``, for a UNet of kind ``base``.
+
+    ``auto`` takes the first family of the table that has the file's layout and the UNet's base.
+
+    Raises:
+        ValueError: no family has this layout and base, or the named variant is for another base.
+    """
+    candidates = families_of(layout) if variant == "auto" else [FAMILIES[variant]]
+    for family in candidates:
+        if family.base == base:
+            return family
+    names = " or ".join(family.name for family in candidates)
+    bases = " or ".join(BASE_NAMES[family.base] for family in candidates)
+    raise ValueError(
+        f"model: the ControlNeXt file is {names} (for {bases}), but the connected MODEL is {BASE_NAMES[base]}; "
+        f"connect a {bases} MODEL or load a ControlNeXt file for {BASE_NAMES[base]}."
+    )

@@ -1,0 +1,148 @@
+"""The ControlNeXt module: a small convolutional net from a control image and a timestep to features.
+
+One class covers the released families; widths come from the state dict. Its forward is split where the timestep
+enters: ``image_part`` depends on the image alone, ``timestep_part`` on both.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+STEM_GROUPS = 2  # cannot be deduced from the state dict, nor can the other group numbers
+CHANNELS_PER_GROUP = 32
+
+
+def timestep_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sinusoidal embedding (N,) -> (N, dim) in float32: [cos, sin] of t * 10000^(-i / (dim/2)), no frequency shift."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    angles = timestep.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Linear, SiLU, Linear: (N, frequencies) -> (N, time)."""
+
+    def __init__(self, frequencies: int, time: int, operations, **factory):
+        super().__init__()
+        self.linear_1 = operations.Linear(frequencies, time, **factory)
+        self.linear_2 = operations.Linear(time, time, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU, conv; + time; GroupNorm, SiLU, conv; + shortcut. Split before the timestep enters."""
+
+    def __init__(self, in_channels: int, out_channels: int, time: int, shortcut: bool, operations, **factory):
+        super().__init__()
+        groups = math.gcd(in_channels, max(out_channels // CHANNELS_PER_GROUP, 1))  # 1 for an RGB input
+        self.norm1 = operations.GroupNorm(groups, in_channels, eps=1e-6, **factory)
+        self.conv1 = operations.Conv2d(in_channels, out_channels, 3, padding=1, **factory)
+        self.time_emb_proj = operations.Linear(time, out_channels, **factory)
+        self.norm2 = operations.GroupNorm(groups, out_channels, eps=1e-6, **factory)
+        self.conv2 = operations.Conv2d(out_channels, out_channels, 3, padding=1, **factory)
+        self.conv_shortcut = operations.Conv2d(in_channels, out_channels, 1, **factory) if shortcut else nn.Identity()
+
+    def before_time(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.conv1(F.silu(self.norm1(x))), self.conv_shortcut(x)
+
+    def after_time(self, h: torch.Tensor, residual: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        return self.conv2(F.silu(self.norm2(h))) + residual
+
+
+class Downsample(nn.Module):
+    """A strided convolution: (N, C, H, W) -> (N, C, H/2, W/2), rounded up."""
+
+    def __init__(self, channels: int, operations, **factory):
+        super().__init__()
+        self.conv = operations.Conv2d(channels, channels, 3, stride=2, padding=1, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+class ControlNeXtModule(nn.Module):
+    """The module of every released family.
+
+    Args:
+        widths: named widths, from ``layouts.solve_widths``.
+        keys: the state dict's keys; they tell the stem, the stages, the shortcuts and the kind of middle.
+        operations: where layers come from (``torch.nn`` or one of ComfyUI's ``comfy.ops`` classes).
+        dtype, device: of the parameters.
+    """
+
+    def __init__(self, widths: dict[str, int], keys, operations=nn, dtype=None, device=None):
+        super().__init__()
+        factory = {"operations": operations, "dtype": dtype, "device": device}
+        layer = {"dtype": dtype, "device": device}
+        stages = sum(name.startswith("width_") for name in widths) - 1
+        time, last = widths["time"], widths[f"width_{stages}"]
+        self.frequencies = widths["frequencies"]
+        self.out_channels = widths["out"]
+        self.time_embedding = TimestepEmbedding(self.frequencies, time, **factory)
+        self.embedding = None
+        if "embedding.0.weight" in keys:
+            channels = (3, widths["stem_0"], widths["stem_1"], widths["width_0"])
+            layers = []
+            for i, (wide_in, wide_out) in enumerate(zip(channels, channels[1:], strict=False)):
+                # padding of the later two is the family's choice, made in image_part
+                layers += [operations.Conv2d(wide_in, wide_out, 3, stride=2 if i == 0 else 1, padding=int(i == 0), **layer),
+                           operations.GroupNorm(STEM_GROUPS, wide_out, **layer), nn.ReLU()]
+            self.embedding = nn.Sequential(*layers)
+        self.down_res = nn.ModuleList(
+            ResnetBlock(widths[f"width_{i}"], widths[f"width_{i + 1}"], time,
+                        f"down_res.{i}.conv_shortcut.weight" in keys, **factory)
+            for i in range(stages)
+        )
+        self.down_sample = nn.ModuleList(Downsample(widths[f"width_{i + 1}"], **factory) for i in range(stages))
+
+        def conv():
+            return operations.Conv2d(last, last, 3, padding=1, **layer)
+
+        def norm():
+            return operations.GroupNorm(max(last // CHANNELS_PER_GROUP, 1), last, **layer)
+
+        self.mid_residual = self.embedding is not None
+        middle = [conv(), nn.ReLU(), norm(), conv(), norm()] if self.mid_residual else [conv(), nn.ReLU(), conv()]
+        self.mid_convs = nn.ModuleList([nn.Sequential(*middle),
+                                        operations.Conv2d(last, self.out_channels, 1, **layer)])
+
+    def image_part(self, image: torch.Tensor, stem_padding: int, stem_pool: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """What depends on the image alone: the stem and the first resnet block up to the timestep.
+
+        Args:
+            image: (N, 3, H, W) in [0, 1], RGB, in the compute dtype.
+            stem_padding: padding of the stem's second and third convolution (the family's).
+            stem_pool: 2x2 max pooling after the stem (the family's).
+
+        Returns:
+            (h, residual), the two tensors that ``timestep_part`` goes on from.
+        """
+        x = image
+        if self.embedding is not None:
+            for i, layer in enumerate(self.embedding):
+                if stem_padding and i in (3, 6):
+                    x = F.pad(x, (stem_padding,) * 4)
+                x = layer(x)
+        if stem_pool:
+            x = F.max_pool2d(x, 2)
+        return self.down_res[0].before_time(x)
+
+    def timestep_part(self, image_part: tuple[torch.Tensor, torch.Tensor], timestep: torch.Tensor) -> torch.Tensor:
+        """Features (N, out, h, w) from ``image_part`` and the UNet's own timestep, (N,) or (1,) for all."""
+        h, residual = image_part
+        emb = self.time_embedding(timestep_embedding(timestep, self.frequencies).to(h.dtype))
+        x = self.down_sample[0](self.down_res[0].after_time(h, residual, emb))
+        for resnet, downsample in zip(list(self.down_res)[1:], list(self.down_sample)[1:], strict=True):
+            x = downsample(resnet.after_time(*resnet.before_time(x), emb))
+        middle = self.mid_convs[0](x)
+        return self.mid_convs[1](middle + x if self.mid_residual else middle)
+
+    def forward(self, image: torch.Tensor, timestep: torch.Tensor, stem_padding: int, stem_pool: bool) -> torch.Tensor:
+        """Both parts at once: image (N, 3, H, W) and timestep (N,) or (1,) to features (N, out, h, w)."""
+        return self.timestep_part(self.image_part(image, stem_padding, stem_pool), timestep)

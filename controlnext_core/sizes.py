@@ -1,0 +1,26 @@
+"""Sizes and batches of control images: what the reference pipelines do, as small rules."""
+
+import torch
+
+
+def as_rgb(image: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, C) to (N, H, W, 3): alpha is dropped, gray is repeated."""
+    return image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
+
+
+def halved(size: tuple[int, int], times: int) -> tuple[int, int]:
+    """(H, W) after ``times`` stride-2 convolutions with padding 1: half each time, rounded up."""
+    for _ in range(times):
+        size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    return size
+
+
+def crop(image: torch.Tensor, area: tuple[int, int, int, int], ratio: int) -> torch.Tensor:
+    """The part of (N, C, H, W) that lies over a latent ``area`` (height, width, top, left), ``ratio`` pixels a latent one."""
+    height, width, top, left = (value * ratio for value in area)
+    return image[..., top:top + height, left:left + width]
+
+
+def images_at_once(height: int, width: int, pixels: int = 1024 * 1024) -> int:
+    """How many control images of this size the module takes in one go, so that its memory does not grow with frames."""
+    return max(1, pixels // (height * width))

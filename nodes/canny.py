@@ -1,0 +1,40 @@
+"""ControlNeXt Canny."""
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..controlnext_core.canny import canny
+from ..controlnext_core.sizes import as_rgb
+
+
+class ControlNeXtCanny(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlNeXtCanny",
+            display_name="ControlNeXt Canny",
+            category="ControlNeXt",
+            description="Edges as the SDXL Canny weights were trained with: thresholds from the image's median brightness.",
+            search_aliases=["canny", "edge detection", "controlnext canny", "canny control", "outline"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture to take edges from."),
+                io.Combo.Input("threshold", options=["auto", "manual"], default="auto",
+                               tooltip="auto: 0.67 and 1.33 times the median brightness, as in training. "
+                                       "manual: the two numbers below."),
+                io.Int.Input("low_threshold", default=100, min=0, max=255,
+                             tooltip="manual: weaker edges than this are dropped."),
+                io.Int.Input("high_threshold", default=200, min=0, max=255,
+                             tooltip="manual: stronger edges than this are always kept."),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="White edges on black.")],
+        )
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, threshold: str, low_threshold: int, high_threshold: int) -> io.NodeOutput:
+        if not torch.isfinite(image).all():
+            raise ValueError("image: the picture holds NaN or infinite values; check the node that made it.")
+        thresholds = None if threshold == "auto" else (low_threshold, high_threshold)
+        pictures = (as_rgb(image).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        edges = np.stack([canny(np.ascontiguousarray(picture), thresholds) for picture in pictures])
+        return io.NodeOutput(torch.from_numpy(edges).float() / 255)

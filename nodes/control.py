@@ -1,0 +1,161 @@
+"""One Apply ControlNeXt: what it asks for, and the features and weights that it gives to one forward of the UNet."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+
+import comfy.utils
+import torch
+
+from ..controlnext_core.cross_normalization import fit, pool
+from ..controlnext_core.families import Family
+from ..controlnext_core.sizes import crop, halved
+from .model import ControlNeXt
+from .places import Place
+
+IMAGE_PART_LIMIT = 256 * 1024 * 1024  # bytes; more images than this holds are read anew each step, as video needs it
+
+
+@dataclass(frozen=True)
+class Half:
+    """One guidance half of a batch: is it the positive one, and which (height, width, top, left) of the latent is it for."""
+
+    positive: bool
+    area: tuple[int, int, int, int] | None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What all controls need to know of one call of the UNet.
+
+    Attributes:
+        sigma: noise level of the call.
+        timesteps: the UNet's own timestep for each sample of a half.
+        halves: the guidance halves in the batch, in order.
+        latent: (H, W) of the whole latent.
+        size: (H, W) of the latent in this call, smaller than ``latent`` for a regional cond.
+        frames: for each sample of a half, its place in the whole batch or video.
+        total: samples of the whole batch or video.
+        dtype, device: of the UNet's features.
+    """
+
+    sigma: float
+    timesteps: tuple[float, ...]
+    halves: tuple[Half, ...]
+    latent: tuple[int, int]
+    size: tuple[int, int]
+    frames: tuple[int, ...]
+    total: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Control:
+    """One ControlNeXt with its image and settings, ready to serve any forward.
+
+    Args:
+        controlnext: the loaded model.
+        family: its entry of the families' table, settled for the connected MODEL.
+        place: where its features enter.
+        image: (N, H, W, 3) in [0, 1].
+        mask: (M, H, W) in [0, 1] or None.
+        gains: multipliers of the positive and of the other guidance halves.
+        sigmas: (first, last) noise level between which control acts.
+        ratio: pixels of the image that one latent pixel stands for.
+    """
+
+    def __init__(self, controlnext: ControlNeXt, family: Family, place: Place, image: torch.Tensor,
+                 mask: torch.Tensor | None, gains: tuple[float, float], sigmas: tuple[float, float], ratio: int):
+        self.patcher = controlnext.patcher
+        self.cache = controlnext.loaded.features
+        self.family = family
+        self.place = place
+        self.image = image.movedim(-1, 1)
+        self.fingerprint = hashlib.blake2b(image.contiguous().cpu().numpy().tobytes()).hexdigest()
+        self.mask = None if mask is None else mask[:, None]
+        self.gains = gains
+        self.sigmas = sigmas
+        self.ratio = ratio
+        self._resized: torch.Tensor | None = None
+        self._warned = False
+
+    def __call__(self, forward: Forward) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(features, weights) for ``cross_normalization.add_controls``, or None where this forward goes uncontrolled."""
+        gains = [self.gains[0] if half.positive else self.gains[1] for half in forward.halves]
+        if not self.sigmas[1] <= forward.sigma <= self.sigmas[0] or not any(gains):
+            return None
+        areas = dict.fromkeys(half.area for half in forward.halves)
+        by_area = {area: self._features(forward, area) for area in areas}
+        if len(areas) == 1:
+            features = by_area[forward.halves[0].area][None]
+        else:
+            features = torch.stack([by_area[half.area] for half in forward.halves])
+        return features, self._weights(forward, gains)
+
+    def forget_image_parts(self) -> None:
+        """Give back what only a running sampling needs."""
+        self.cache.clear(lambda key: key[0] == "image")
+
+    def _features(self, forward: Forward, area: tuple[int, int, int, int] | None) -> torch.Tensor:
+        """Standardized features (1 or samples, C, H, W) at the UNet's size, each image and timestep computed once."""
+        wanted = [(frame % len(self.image), timestep)
+                  for frame, timestep in zip(forward.frames, forward.timesteps, strict=True)]
+        if len(self.image) not in (1, forward.total) and not self._warned:
+            self._warned = True
+            logging.warning("Apply ControlNeXt: %d control images for a batch of %d; they are %s.", len(self.image),
+                            forward.total, "cut" if len(self.image) > forward.total else "repeated from the first on")
+        computed = {pair: self._features_of(*pair, forward, area) for pair in dict.fromkeys(wanted)}
+        if len(computed) == 1:
+            return computed[wanted[0]]
+        return torch.cat([computed[pair] for pair in wanted])
+
+    def _features_of(self, index: int, timestep: float, forward: Forward, area) -> torch.Tensor:
+        """Features of one image at one timestep: images go one by one, so that no result depends on its batch."""
+        family, module = self.family, self.patcher.model
+        size = halved(forward.size, self.place.halvings)
+        image_key = ("image", self.fingerprint, index, forward.latent, area, family.name, forward.dtype, forward.device)
+
+        def image_part():
+            image = self._at_size(forward.latent)[index:index + 1]
+            if area is not None:
+                image = crop(image, area, self.ratio)
+            return module.image_part(image.to(forward.device, forward.dtype), family.stem_padding, family.stem_pool)
+
+        def features():
+            if self._image_part_bytes(forward) <= IMAGE_PART_LIMIT:
+                part = self.cache.get(image_key, image_part)
+            else:
+                part = image_part()
+            at = torch.tensor([timestep], device=forward.device)
+            return (fit(module.timestep_part(part, at), size, family.pool_first, family.eps),)
+
+        return self.cache.get(("features", *image_key[1:], timestep, size), features)[0]
+
+    def _image_part_bytes(self, forward: Forward) -> int:
+        """Upper bound of the image parts of all images of this control."""
+        width = self.patcher.model.down_res[0].conv1.out_channels
+        pixels = forward.size[0] * forward.size[1] * self.ratio ** 2
+        stem = 1 if self.patcher.model.embedding is None else 4
+        return len(self.image) * 2 * width * pixels // stem * forward.dtype.itemsize
+
+    def _at_size(self, latent: tuple[int, int]) -> torch.Tensor:
+        """The control images (N, 3, H, W) at the sampled image's size, stretched with Lanczos as the reference does."""
+        height, width = latent[0] * self.ratio, latent[1] * self.ratio
+        if self.image.shape[-2:] == (height, width):
+            return self.image
+        if self._resized is None or self._resized.shape[-2:] != (height, width):
+            logging.info("Apply ControlNeXt: the control image is resized from %dx%d to %dx%d.",
+                         self.image.shape[-1], self.image.shape[-2], width, height)
+            self._resized = comfy.utils.common_upscale(self.image, width, height, "lanczos", "disabled")
+        return self._resized
+
+    def _weights(self, forward: Forward, gains: list[float]) -> torch.Tensor:
+        """Multipliers (halves, samples or 1, 1, H or 1, W or 1): the half's gain times the mask."""
+        gain = torch.tensor(gains, device=forward.device, dtype=forward.dtype).reshape(-1, 1, 1, 1, 1)
+        if self.mask is None:
+            return gain
+        mask = comfy.utils.common_upscale(self.mask, forward.latent[1], forward.latent[0], "area", "disabled")
+        mask = mask[[frame % len(mask) for frame in forward.frames]] if len(mask) > 1 else mask
+        size = halved(forward.size, self.place.halvings)
+        masks = [pool(mask if half.area is None else crop(mask, half.area, 1), size) for half in forward.halves]
+        return gain * torch.stack(masks).to(forward.device, forward.dtype)

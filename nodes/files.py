@@ -1,0 +1,49 @@
+"""Finding and reading weight files, with one sentence for everything that can be wrong with one."""
+
+import os
+import pickle
+
+import comfy.utils
+import folder_paths
+
+
+def list_files(kinds: tuple[str, ...]) -> list[str]:
+    """Names of the weight files of several model folders, each name once."""
+    return sorted({name for kind in kinds for name in folder_paths.get_filename_list(kind)}, key=str.lower)
+
+
+def find_file(name: str, kinds: tuple[str, ...], input_name: str) -> str:
+    """Full path of a listed file; the first folder that has it wins. FileNotFoundError names the input and the folders."""
+    for kind in kinds:
+        path = folder_paths.get_full_path(kind, name)
+        if path is not None:
+            return path
+    folders = " or ".join(f"models/{kind}" for kind in kinds)
+    raise FileNotFoundError(f"{input_name}: {name} was not found in {folders}; put the file there and press R to refresh.")
+
+
+def read_state_dict(path: str, name: str, input_name: str) -> dict:
+    """{key: tensor} of a .safetensors, .bin or .pt file; pickles are read with weights only.
+
+    Raises:
+        ValueError: an empty, damaged or truncated file, or a pickle that holds more than weights (it is not run).
+    """
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{input_name}: {name} is empty (0 bytes); download it again.")
+    try:
+        state_dict = comfy.utils.load_torch_file(path, safe_load=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{input_name}: {name} is damaged or holds more than weights, so it was not opened; download it "
+                         f"again, as .safetensors if you can.") from error
+    except Exception as error:
+        raise ValueError(f"{input_name}: {name} cannot be read ({type(error).__name__}), it is damaged or incomplete; "
+                         f"download it again.") from error
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"{input_name}: {name} holds a {type(state_dict).__name__} where named weights are expected; "
+                         f"choose another file.")
+    return state_dict
+
+
+def load_state_dict(name: str, kinds: tuple[str, ...], input_name: str) -> dict:
+    """``find_file`` and ``read_state_dict`` in one."""
+    return read_state_dict(find_file(name, kinds, input_name), name, input_name)

@@ -1,0 +1,124 @@
+"""How control gets into ComfyUI's UNet: patches that add, and wrappers that prepare what they add.
+
+A patch object at each place holds the controls that enter there. For every forward, ``run_controls`` runs their modules
+outside the (perhaps compiled) UNet and hands the result over in transformer_options; the patch only adds.
+"""
+
+from comfy.patcher_extension import WrappersMP
+
+from ..controlnext_core.cross_normalization import add_controls
+from .control import Control, Forward, Half
+from .places import INPUT_SLOT, MIDDLE_SLOT, Place
+
+KEY = "controlnext"
+CONDS_KEY = "controlnext_conds"
+
+
+class Injection:
+    """A patch in ComfyUI's own protocol: adds the controls of one place to the features there.
+
+    Its controls all normalize against the same features, so the order of the Apply nodes does not matter.
+    """
+
+    def __init__(self, place: Place, controls: tuple[Control, ...]):
+        self.place = place
+        self.controls = controls
+
+    def __call__(self, *args):
+        if self.place.slot == "middle_block_after_patch":
+            h, rest, options = args[0]["h"], None, args[0]["transformer_options"]
+        else:  # (h, options) after an input block, (h, skip, options) before an output block
+            h, *rest, options = args
+        ready = options.get(KEY, {}).get(self.place)
+        if ready is not None and options["block"] == self.place.block:
+            h = add_controls(h, ready)
+        if rest is None:
+            return {"h": h}
+        return (h, *rest) if rest else h
+
+    def to(self, device_or_dtype):
+        return self  # features are made where and as the UNet needs them, at each forward
+
+    def models(self):
+        return list(dict.fromkeys(control.patcher for control in self.controls))
+
+    def cleanup(self):
+        for control in self.controls:
+            control.forget_image_parts()
+
+
+def add_control(model, control: Control):
+    """A clone of ``model`` (a ModelPatcher) in which ``control`` acts beside any others; ``model`` stays as it is."""
+    model = model.clone()
+    patches = model.model_options["transformer_options"].setdefault("patches", {})
+    slot = patches.setdefault(control.place.slot, [])
+    here = next((patch for patch in slot if isinstance(patch, Injection) and patch.place == control.place), None)
+    if here is None:
+        slot.append(Injection(control.place, (control,)))
+    else:
+        slot[slot.index(here)] = Injection(control.place, (*here.controls, control))
+    if not model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, run_controls)
+        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, note_conds)
+    return model
+
+
+def note_conds(executor, x, timestep, model_options=None, seed=None):
+    """PREDICT_NOISE wrapper: note which cond is positive and which area it has; further in, only its uuid is left."""
+    model_options = model_options or {}
+    conds = {cond["uuid"]: Half(name == "positive", _clamped(cond.get("area"), tuple(x.shape[2:])))
+             for name, conds in executor.class_obj.conds.items() for cond in conds or ()}
+    options = {**model_options.get("transformer_options", {}), CONDS_KEY: (conds, tuple(x.shape[-2:]))}
+    return executor(x, timestep, {**model_options, "transformer_options": options}, seed)
+
+
+def _clamped(area, latent: tuple[int, ...]) -> tuple[int, int, int, int] | None:
+    """A cond's (height, width, top, left), cut at the latent's edges as ComfyUI cuts the latent itself."""
+    if area is None or len(area) != 4:
+        return None
+    height, width, top, left = area
+    return min(latent[-2] - top, height), min(latent[-1] - left, width), top, left
+
+
+def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    """APPLY_MODEL wrapper: compute what every control adds in this forward, before and outside the UNet."""
+    transformer_options = transformer_options or {}
+    injections = [patch for slot in (INPUT_SLOT, MIDDLE_SLOT)
+                  for patch in transformer_options.get("patches", {}).get(slot, ()) if isinstance(patch, Injection)]
+    forward = _describe(executor.class_obj, x, t, transformer_options)
+    ready = {}
+    for injection in injections:
+        controls = [prepared for prepared in (one(forward) for one in injection.controls) if prepared is not None]
+        if controls:
+            ready[injection.place] = controls
+    return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, KEY: ready}, **kwargs)
+
+
+def _describe(base_model, x, t, options: dict) -> Forward:
+    """The Forward of one APPLY_MODEL call of ``base_model`` on the latents ``x`` (B, C, H, W) at sigmas ``t`` (B,)."""
+    size = tuple(x.shape[-2:])
+    indices = options.get("cond_or_uncond") or [0]
+    conds, latent = options.get(CONDS_KEY, ({}, size))
+    uuids = options.get("uuids") or [None] * len(indices)
+    # conds that a patch made for itself are not noted; ComfyUI puts the positive one first
+    halves = tuple(conds.get(uuid) or Half(index == 0, None) for uuid, index in zip(uuids, indices, strict=True))
+    if any(half.area is None for half in halves):
+        latent = size
+    samples = x.shape[0] // len(halves)
+    timesteps = base_model.model_sampling.timestep(t[:samples]).float()
+    frames, total = _frames(samples, options)
+    return Forward(float(t[0]), tuple(timesteps.tolist()), halves, latent, size, frames, total,
+                   base_model.get_dtype_inference(), x.device)
+
+
+def _frames(samples: int, options: dict) -> tuple[tuple[int, ...], int]:
+    """Which entries of the whole batch or video a half holds, and how many there are in all."""
+    window = options.get("context_window")
+    if window is not None:
+        anchor = getattr(window, "causal_anchor_index", None)
+        frames = list(window.index_list)
+        return tuple(frames if anchor is None or anchor < 0 else [anchor, *frames]), window.total_frames
+    animatediff = options.get("ad_params") or {}
+    if animatediff.get("sub_idxs") is not None:
+        return tuple(animatediff["sub_idxs"]), animatediff["full_length"]
+    return tuple(range(samples)), samples

@@ -1,0 +1,66 @@
+"""A real ComfyUI in this process, with the pack loaded by ComfyUI's own loader."""
+
+import asyncio
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent.parent
+
+if "COMFYUI_PATH" not in os.environ:
+    raise pytest.UsageError("Set COMFYUI_PATH to a ComfyUI folder, or run scripts/test.py, which gets one.")
+
+BASE = Path(tempfile.mkdtemp(prefix="controlnext-tests-"))
+for folder in ("custom_nodes", "models/controlnext", "models/controlnet", "models/checkpoints", "input", "output", "temp", "user"):
+    (BASE / folder).mkdir(parents=True)
+
+sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]  # ComfyUI reads it when comfy.cli_args is imported
+sys.path.insert(0, os.environ["COMFYUI_PATH"])
+sys.path.append(str(Path(__file__).parent))  # the helpers beside this file
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import nodes  # noqa: E402
+import torch  # noqa: E402
+
+PACK = BASE / "custom_nodes" / "ComfyUI-ControlNeXt"
+PACK.symlink_to(REPO, target_is_directory=True)
+
+
+@pytest.fixture(scope="session")
+def comfy_nodes() -> dict:
+    """ComfyUI's NODE_CLASS_MAPPINGS with the built-in nodes and this pack."""
+    async def load():
+        await nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False)
+        return await nodes.load_custom_node(str(PACK))
+
+    assert asyncio.run(load()), "ComfyUI could not load the pack"
+    return nodes.NODE_CLASS_MAPPINGS
+
+
+@pytest.fixture(scope="session")
+def run(comfy_nodes):
+    """run(node_id, **inputs): one node executed as ComfyUI executes it, its outputs as a tuple (or the single one)."""
+    def run_node(node_id: str, **inputs):
+        cls = comfy_nodes[node_id]
+        with torch.inference_mode():
+            function = getattr(cls, cls.FUNCTION) if hasattr(cls, "GET_SCHEMA") else getattr(cls(), cls.FUNCTION)
+            outputs = function(**inputs)
+        outputs = getattr(outputs, "result", outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+    return run_node
+
+
+@pytest.fixture(scope="session")
+def models_folder() -> Path:
+    return BASE / "models"
+
+
+@pytest.fixture(scope="session")
+def pack(comfy_nodes):
+    """pack("apply"): a module of the loaded pack, for what cannot be seen through its nodes."""
+    root = comfy_nodes["ControlNeXtApply"].__module__.rsplit(".nodes.", 1)[0]
+    return lambda name: sys.modules[f"{root}.{name}"]

@@ -1,0 +1,73 @@
+"""UNets with the goldens' weights, and small ones of the same classes, inside ComfyUI's own model objects."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import torch
+from controlnext_core.unet_keys import diffusers_to_ldm
+
+UNETS = {
+    "sd15": (comfy.supported_models.SD15, dict(
+        in_channels=4, out_channels=4, num_res_blocks=[2, 2, 2, 2], channel_mult=[1, 2, 4, 4], context_dim=768,
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1] * 9 + [0] * 3,
+        transformer_depth_middle=1, use_linear_in_transformer=False, adm_in_channels=None)),
+    "sdxl": (comfy.supported_models.SDXL, dict(
+        in_channels=4, out_channels=4, num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], context_dim=2048,
+        transformer_depth=[0, 0, 1, 1, 1, 1], transformer_depth_output=[0] * 3 + [1] * 6,
+        transformer_depth_middle=1, use_linear_in_transformer=True, adm_in_channels=2816, num_classes="sequential")),
+    "svd": (comfy.supported_models.SVD_img2vid, dict(
+        in_channels=8, out_channels=4, num_res_blocks=[2, 2, 2, 2], channel_mult=[1, 2, 4, 4], context_dim=1024,
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1] * 9 + [0] * 3,
+        transformer_depth_middle=1, use_linear_in_transformer=True, adm_in_channels=768, num_classes="sequential",
+        use_temporal_attention=True, use_temporal_resblock=True, extra_ff_mix_layer=True, use_spatial_context=True,
+        merge_strategy="learned_with_images", merge_factor=0.0, video_kernel_size=[3, 1, 1])),
+}
+SMALL = {
+    "sd15": dict(num_res_blocks=[1, 1, 1], channel_mult=[1, 2, 4], transformer_depth=[1, 1, 0],
+                 transformer_depth_output=[1, 1, 1, 1, 0, 0], transformer_depth_middle=1),
+    "sdxl": dict(num_res_blocks=[1, 1, 1], channel_mult=[1, 2, 4], transformer_depth=[0, 1, 1],
+                 transformer_depth_output=[0, 0, 1, 1, 1, 1]),
+    "svd": dict(num_res_blocks=[1, 1, 1], channel_mult=[1, 2, 4], transformer_depth=[1, 1, 0],
+                transformer_depth_output=[1, 1, 1, 1, 0, 0], transformer_depth_middle=1),
+}
+
+
+def unet_model(base: str, dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL of ComfyUI's class for ``base``, its weights not filled."""
+    model_class, config = UNETS[base]
+    config = {"image_size": 32, "model_channels": 320, "use_spatial_transformer": True, "dtype": dtype, "legacy": False, **config, **changes}
+    model_config = model_class(config)
+    model_config.set_inference_dtype(dtype, None)
+    model = model_config.get_model({})
+    return comfy.model_patcher.CoreModelPatcher(model, comfy.model_management.get_torch_device(),
+                                                comfy.model_management.unet_offload_device())
+
+
+def golden_unet(goldens, base: str) -> comfy.model_patcher.ModelPatcher:
+    """The full UNet of ``base`` with the weights that the goldens were computed with."""
+    patcher = unet_model(base)
+    unet = patcher.model.diffusion_model
+    names = diffusers_to_ldm(unet.state_dict())
+    shapes = goldens.unet_shapes[base]
+
+    def fill(key):
+        return names[key], torch.from_numpy(goldens.weights.tensor(key, shapes[key], 11))
+
+    with ThreadPoolExecutor(2) as threads:
+        weights = dict(threads.map(fill, shapes))
+    assert weights.keys() == unet.state_dict().keys()
+    unet.load_state_dict(weights, assign=True)
+    return patcher
+
+
+def small_unet(base: str, dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patcher.ModelPatcher:
+    """A UNet of ``base``'s class and widths with fewer blocks and seeded random weights, for what needs no golden."""
+    patcher = unet_model(base, dtype, **{**SMALL[base], **changes})
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in patcher.model.diffusion_model.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 50.0
+        bias = 0.0 if parameter.ndim > 1 else 0.5
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / fan_in ** 0.5 + bias)
+    return patcher
