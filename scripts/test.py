@@ -1,0 +1,49 @@
+"""Runs all checks, each in a process of its own, and exits with 1 if any fails.
+
+    python scripts/test.py [arguments for pytest]
+
+Sets up ComfyUI and its Python environment on the first call (environment.py). Then come ruff, all tests on the newest
+supported ComfyUI, and the tests marked `versions` on the older ones. COMFYUI_PATH in the environment names another ComfyUI
+to test on, alone. With arguments, pytest runs once, with them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import environment
+
+OLDER_VERSIONS = ("0.24.0", "0.16.3")
+
+
+def main() -> int:
+    python, comfyui = environment.set_up()
+    pytest = [python, "-m", "pytest"]
+    checks = [(f"pytest on {comfyui}", comfyui, [*pytest, *sys.argv[1:]])]
+    if not sys.argv[1:]:
+        checks.insert(0, ("ruff", comfyui, [python, "-m", "ruff", "check", "."]))
+        if not os.environ.get("COMFYUI_PATH"):
+            for version in OLDER_VERSIONS:
+                tree = environment.older_comfyui(version, python)
+                checks.append((f"pytest on ComfyUI {version}", tree, [*pytest, "-m", "versions", "tests/comfy"]))
+    summary = []
+    for name, tree, command in checks:
+        print(f"== {name}", flush=True)
+        start = time.monotonic()
+        done = subprocess.run(command, cwd=environment.REPOSITORY, env={**os.environ, "COMFYUI_PATH": str(tree)})
+        result = "passed" if done.returncode == 0 else "FAILED"
+        summary.append(f"{result}  {time.monotonic() - start:5.0f} s  {name}")
+    print("\n".join(["== Summary", *summary]))
+    return int(any(line.startswith("FAILED") for line in summary))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except environment.SetupError as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
