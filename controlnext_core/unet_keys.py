@@ -25,7 +25,7 @@ TIME_POSITION = {"time_pos_embed.0": "time_pos_embed.linear_1", "time_pos_embed.
 
 
 def diffusers_to_ldm(ldm_keys: Iterable[str]) -> dict[str, str]:
-    """{diffusers key: LDM key} of one UNet; keys that diffusers UNets do not have (a head of another model) are left out.
+    """{diffusers key: LDM key} of one UNet; keys that diffusers UNets lack (another model's head) are left out.
 
     Args:
         ldm_keys: the keys of ComfyUI's ``UNetModel`` state dict, without ``diffusion_model.``.

@@ -1,0 +1,210 @@
+"""The second file of a release, UNet weights: which tensor goes where, difference or replacement, and in which order.
+
+A difference file holds W_finetuned - W_base and is added; any other file replaces. No name says which, the values do.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from .checkpoint import ANCHORS, describe, strip_prefixes
+from .families import BASE_NAMES
+from .unet_keys import diffusers_to_ldm
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.")
+# (base, any of these in a key) by diffusers and by LDM names; the first that fits speaks
+BASE_MARKS = (
+    ("svd", ("spatial_res_block.", "temporal_res_block.", "temporal_transformer_blocks.", "time_stack.", "time_mixer.",
+             "time_pos_embed.")),
+    ("sd15", ("down_blocks.0.attentions.", "input_blocks.1.1.")),
+    ("sdxl", ("add_embedding.", "label_emb.", ".transformer_blocks.1.")),
+)
+# a full file's tensors point the way of the base weights and have their size; differences do neither
+SAME_COSINE = 0.5
+SAME_SIZE = (0.5, 2.0)
+SAMPLED_TENSORS = 16
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class UNetWeights:
+    """What a file holds for one model.
+
+    Attributes:
+        tensors: {LDM key of the model: the file's tensor}.
+        left_out: the file's keys that the model lacks.
+        other_base: the base (a key of ``BASE_NAMES``) that the file seems made for although all its tensors fit.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    left_out: list[str]
+    other_base: str | None
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How a file's tensors compare with the base weights: the medians over a sample of them.
+
+    Attributes:
+        cosine: of the angle between them, 1 where both point the same way.
+        size: the file's norm as a share of the base weights'.
+    """
+
+    cosine: float
+    size: float
+
+    @property
+    def mode(self) -> str:
+        """``replace`` for a full file, ``difference`` for anything else."""
+        return "replace" if self.cosine > SAME_COSINE and SAME_SIZE[0] < self.size < SAME_SIZE[1] else "difference"
+
+
+def base_of(keys: Iterable[str]) -> str | None:
+    """The UNet (a key of ``BASE_NAMES``) that these keys are of, None when they are of several or of none."""
+    keys = list(keys)
+    for base, marks in BASE_MARKS:
+        if any(mark in key for key in keys for mark in marks):
+            return base
+    return None
+
+
+def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWeights:
+    """Match a file's tensors with a model's, by diffusers or LDM names, with or without prefix.
+
+    Args:
+        state_dict: {key: tensor} as it came from the file.
+        name: the file's name, for messages.
+        shapes: {key: shape} of the model's UNet in LDM names, without prefix.
+
+    Raises:
+        ValueError: nothing matches (says what the file is), another base's UNet, integer or non-finite weights, a
+            tensor of another shape (named).
+    """
+    state_dict = strip_prefixes({key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)})
+    if not state_dict:
+        raise ValueError(f"{name} holds no tensors; download it again or choose another file.")
+    names = diffusers_to_ldm(shapes)
+    tensors, left_out = {}, []
+    for key, value in state_dict.items():
+        bare = next((key[len(prefix):] for prefix in PREFIXES if key.startswith(prefix)), key)
+        ldm_key = bare if bare in shapes else names.get(bare)
+        if ldm_key is None:
+            left_out.append(key)
+        else:
+            tensors[ldm_key] = value
+    what = _describe(state_dict)
+    # a ControlNet is half a UNet, and names that half alike
+    if not tensors or what == "a full ControlNet":
+        raise ValueError(f"{name} holds no UNet weights for the connected MODEL: it is {what}; choose the UNet weights "
+                         f"that came with the ControlNeXt model (often called unet.safetensors).")
+    wrong = [key for key, value in tensors.items() if tuple(value.shape) != tuple(shapes[key])]
+    base, model_base = base_of(state_dict), base_of(shapes)
+    other_base = base if model_base is not None and base != model_base else None
+    if other_base and (wrong or left_out):
+        raise ValueError(f"{name} holds UNet weights for {BASE_NAMES[base]}, but the connected MODEL is "
+                         f"{BASE_NAMES[model_base]}; connect a {BASE_NAMES[base]} MODEL or choose UNet weights for "
+                         f"{BASE_NAMES[model_base]}.")
+    if wrong:
+        found, expected = list(tensors[wrong[0]].shape), list(shapes[wrong[0]])
+        more = f" (and {len(wrong) - 1} more tensors differ)" if len(wrong) > 1 else ""
+        raise ValueError(f"{name}: tensor {wrong[0]} has shape {found} where the connected MODEL has {expected}{more}; "
+                         f"choose UNet weights that were made for this MODEL.")
+    for key, value in tensors.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{name}: tensor {key} holds {str(value.dtype).removeprefix('torch.')} numbers where "
+                             f"floating point weights are expected; download the file again or choose another.")
+        # the sum is not finite when any of its terms is not, and needs no memory
+        if not value.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{name}: tensor {key} holds NaN or infinite weights; download the file again or choose "
+                             f"another.")
+    return UNetWeights(tensors, left_out, other_base)
+
+
+def _describe(keys: Iterable[str]) -> str:
+    """What a file is, from its keys, as somebody who looks for UNet weights wants to hear it."""
+    keys = list(keys)
+    if all(any(key.startswith(anchor) for key in keys) for anchor in ANCHORS):
+        return "a ControlNeXt model (Load ControlNeXt Model takes it)"
+    what = describe(keys)
+    if not what.startswith("UNet weights"):
+        return what
+    if any(key.endswith((".diff", ".diff_b")) for key in keys):
+        return "a LoRA (Load LoRA takes it)"
+    base = base_of(keys)
+    return f"UNet weights for {BASE_NAMES[base]}" if base else "UNet weights of another kind of model"
+
+
+def compare(tensors: Mapping[str, torch.Tensor], base_weight: Callable[[str], torch.Tensor]) -> Likeness:
+    """Compare a sample of a file's weight matrices, evenly spread through the model, with the base weights.
+
+    Args:
+        tensors: {LDM key: tensor}.
+        base_weight: LDM key -> the model's float32 weight of the same shape, on any device.
+    """
+    keys = [key for key, value in tensors.items() if value.ndim > 1] or list(tensors)
+    cosines, sizes = [], []
+    for key in keys[::-(-len(keys) // SAMPLED_TENSORS)]:
+        base = base_weight(key)
+        value = tensors[key].to(base)
+        norm, base_norm = float(value.norm()), float(base.norm())
+        cosines.append(float((value * base).sum()) / max(norm * base_norm, TINY))
+        sizes.append(norm / max(base_norm, TINY))
+    return Likeness(median(cosines), median(sizes))
+
+
+def split_patches(patches: Iterable[tuple]) -> tuple[list[tuple], list[tuple]]:
+    """Part one weight's patches into those that make its base and those that add to it.
+
+    A patch whose strength_model is not 1 (a merge, a replacement) multiplies the weight before it adds, LoRAs included;
+    taking these past it scales their strength alike, so the two lists one after the other give the same weight.
+
+    Args:
+        patches: in ComfyUI's form, (strength, value, strength_model, offset, function), in the order of application.
+
+    Returns:
+        (base, additions), both in that form.
+    """
+    base, additions = [], []
+    for patch in patches:
+        if patch[2] == 1.0:
+            additions.append(patch)
+        else:
+            base.append(patch)
+            additions = [(strength * patch[2], *rest) for strength, *rest in additions]
+    return base, additions
+
+
+def move_to_base(patches: list[tuple]) -> list[tuple]:
+    """The patches with the last one moved to where the base is complete and nothing is added to it yet.
+
+    So a LoRA acts on top of a replacement wherever it stands in the graph, as it does in the reference.
+    """
+    base, additions = split_patches(patches[:-1])
+    return [*base, patches[-1], *additions]
+
+
+def lora_key(key: str) -> str:
+    """Name of a full difference for an LDM key in ComfyUI's own LoRA files."""
+    if key.endswith(".bias"):
+        return f"diffusion_model.{key.removesuffix('.bias')}.diff_b"
+    return f"diffusion_model.{key.removesuffix('.weight')}.diff"
+
+
+def low_rank(difference: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The closest product of two smaller tensors, by singular value decomposition.
+
+    Args:
+        difference: (out, in) or (out, in, *kernel), float32.
+        rank: at least 1; cut to the matrix's own.
+
+    Returns:
+        (up, down) of shapes (out, rank[, 1 ...]) and (rank, in[, *kernel]), of like magnitude so that both fit half
+        precision.
+    """
+    kernel = difference.shape[2:]
+    u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
+    root = s[:rank].sqrt()
+    up, down = u[:, :rank] * root, root[:, None] * v[:rank]
+    return up.reshape(*up.shape, *[1] * len(kernel)), down.reshape(len(down), -1, *kernel)

@@ -1,0 +1,71 @@
+"""Save ControlNeXt UNet Weights as LoRA."""
+
+import os
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..controlnext_core.unet_weights import lora_key, low_rank
+from .files import list_files
+from .unet_loader import FOLDERS, BaseWeights, choose_mode, load_unet_weights, remarks, show
+
+
+class ControlNeXtSaveAsLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlNeXtSaveAsLoRA",
+            display_name="Save ControlNeXt UNet Weights as LoRA",
+            category="ControlNeXt",
+            description="Writes UNet weights as a LoRA file that Load LoRA takes, so that a workflow can do without a "
+                        "special node for them.",
+            search_aliases=["controlnext", "export lora", "extract lora", "convert unet weights", "save lora"],
+            inputs=[
+                io.Combo.Input("unet_name", options=list_files(FOLDERS),
+                               tooltip="UNet weights (often called unet.safetensors) in models/controlnext, "
+                                       "models/controlnet or models/diffusion_models."),
+                io.Model.Input("model", tooltip="The MODEL that the weights are for. A file that replaces is saved as "
+                                                "its difference to this MODEL, whose LoRAs do not count."),
+                io.String.Input("filename_prefix", default="loras/ControlNeXt",
+                                tooltip="Where in the output folder. Load LoRA lists what is in output/loras."),
+                io.Int.Input("rank", default=0, min=0, max=4096,
+                             tooltip="0 saves the weights in full. A small rank gives a small file that is an "
+                                     "approximation."),
+            ],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, unet_name: str, model, filename_prefix: str, rank: int) -> io.NodeOutput:
+        base = BaseWeights(model)
+        weights = load_unet_weights(unet_name, base)
+        mode, why = choose_mode("auto", weights, base)
+        progress = comfy.utils.ProgressBar(len(weights.tensors))
+        lora = {}
+        for key, value in weights.tensors.items():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            lora |= _lora_tensors(key, value, base if mode == "replace" else None, rank)
+            progress.update(1)
+        output = folder_paths.get_output_directory()
+        folder, filename, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
+        path = os.path.join(folder, f"{filename}_{counter:05}_.safetensors")
+        comfy.utils.save_torch_file(lora, path)
+        text = f"{os.path.relpath(path, output)}: {len(weights.tensors)} tensors, {mode} ({why}).{remarks(weights)}"
+        return io.NodeOutput(ui=show(cls, text))
+
+
+def _lora_tensors(key: str, value, base: BaseWeights | None, rank: int) -> dict:
+    """One weight's tensors in a LoRA file: its difference in full, or ``rank`` of it in half precision."""
+    if base is not None:
+        weight = base(key)
+        value = value.to(weight) - weight
+    if not rank or value.ndim < 2:
+        return {lora_key(key): value.cpu().contiguous()}
+    value = value.to(comfy.model_management.get_torch_device(), torch.float32)
+    name = lora_key(key).removesuffix(".diff")
+    return {f"{name}.{part}.weight": tensor.half().cpu().contiguous()
+            for part, tensor in zip(("lora_up", "lora_down"), low_rank(value, rank), strict=True)}

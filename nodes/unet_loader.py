@@ -1,0 +1,117 @@
+"""Load ControlNeXt UNet Weights."""
+
+import logging
+
+import comfy.lora
+import comfy.model_management
+import torch
+from comfy_api.latest import io, ui
+from server import PromptServer
+
+from ..controlnext_core.families import BASE_NAMES
+from ..controlnext_core.unet_weights import UNetWeights, compare, move_to_base, read, split_patches
+from .files import list_files, load_state_dict
+
+FOLDERS = ("controlnext", "controlnet", "diffusion_models")
+PREFIX = "diffusion_model."
+NAMED_KEYS = 5
+
+
+class ControlNeXtUNetLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlNeXtUNetLoader",
+            display_name="Load ControlNeXt UNet Weights",
+            category="ControlNeXt",
+            description="Applies the second file of a ControlNeXt release, the fine-tuned UNet weights, to a MODEL. "
+                        "Without it control is weak. LoRAs may come before or after.",
+            search_aliases=["controlnext", "unet weights", "unet difference", "delta", "weight increments"],
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL to apply the weights to; it is not changed."),
+                io.Combo.Input("unet_name", options=list_files(FOLDERS),
+                               tooltip="UNet weights (often called unet.safetensors) in models/controlnext, "
+                                       "models/controlnet or models/diffusion_models."),
+                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.01,
+                               tooltip="How much of the weights to apply: 1 as they were trained, 0 none."),
+                io.Combo.Input("mode", options=["auto", "difference", "replace"], default="auto",
+                               tooltip="difference adds the file to the MODEL's weights, replace puts it in their "
+                                       "place. auto compares the file with the MODEL and tells what it decided."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The MODEL with the weights applied.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, unet_name: str, strength: float, mode: str) -> io.NodeOutput:
+        if strength == 0.0:
+            return io.NodeOutput(model)
+        base = BaseWeights(model)
+        weights = load_unet_weights(unet_name, base)
+        mode, why = choose_mode(mode, weights, base)
+        how = "added as differences" if mode == "difference" else "put in place of the MODEL's"
+        text = f"{unet_name}: {len(weights.tensors)} tensors {how} at strength {strength:g} ({why}).{remarks(weights)}"
+        return io.NodeOutput(add_unet_weights(model, weights, mode, strength), ui=show(cls, text))
+
+
+class BaseWeights:
+    """The UNet weights of a MODEL (a ModelPatcher) with merges and replacements, without LoRAs and differences."""
+
+    def __init__(self, model):
+        self.patches = model.get_key_patches(PREFIX)
+        self.shapes = {key[len(PREFIX):]: tuple(patches[0][0].shape) for key, patches in self.patches.items()}
+
+    def __call__(self, key: str) -> torch.Tensor:
+        """One weight in float32, by its name without ``diffusion_model.``."""
+        (weight, convert), *patches = self.patches[PREFIX + key]
+        device = comfy.model_management.get_torch_device()
+        weight = convert(comfy.model_management.cast_to_device(weight, device, torch.float32, copy=True), inplace=True)
+        return comfy.lora.calculate_weight(split_patches(patches)[0], weight, PREFIX + key)
+
+
+def load_unet_weights(name: str, base: BaseWeights) -> UNetWeights:
+    """Read a file for the MODEL of ``base``. ValueError: one sentence that names the input."""
+    state_dict = load_state_dict(name, FOLDERS, "unet_name")
+    try:
+        return read(state_dict, name, base.shapes)
+    except ValueError as error:
+        raise ValueError(f"unet_name: {error}") from None
+
+
+def choose_mode(mode: str, weights: UNetWeights, base: BaseWeights) -> tuple[str, str]:
+    """(difference or replace, why): what the user chose, or what comparing with the base weights says."""
+    if mode != "auto":
+        return mode, "as chosen"
+    likeness = compare(weights.tensors, base)
+    resemble = "resemble" if likeness.mode == "replace" else "do not resemble"
+    return likeness.mode, (f"auto: they {resemble} the MODEL's own, with cosine {likeness.cosine:.2f} and "
+                           f"{likeness.size:.2g} times their size")
+
+
+def remarks(weights: UNetWeights) -> str:
+    """What else to tell about a file that was read: keys that were left out, a base that looks wrong."""
+    text = ""
+    if weights.left_out:
+        names = ", ".join(weights.left_out[:NAMED_KEYS]) + (", ..." if len(weights.left_out) > NAMED_KEYS else "")
+        text += f" {len(weights.left_out)} tensors that this MODEL lacks were left out: {names}."
+    if weights.other_base:
+        text += f" All of them fit this MODEL, yet they look made for {BASE_NAMES[weights.other_base]}."
+    return text
+
+
+def add_unet_weights(model, weights: UNetWeights, mode: str, strength: float):
+    """A clone of ``model`` with the weights as ComfyUI weight patches; LoRAs stay on top of them."""
+    model = model.clone()
+    patches = {PREFIX + key: ("diff", (value,)) for key, value in weights.tensors.items()}
+    for key in model.add_patches(patches, strength, 1.0 - strength if mode == "replace" else 1.0):
+        model.patches[key] = move_to_base(model.patches[key])
+    return model
+
+
+def show(cls, text: str) -> ui.PreviewText:
+    """Tell the user: in the log, on the node in the open page, and in the prompt's history."""
+    logging.info("ControlNeXt: %s", text)
+    if cls.hidden is not None:  # None outside a prompt
+        server = PromptServer.instance
+        server.send_progress_text(text, cls.hidden.unique_id, server.client_id)
+    return ui.PreviewText(text)
