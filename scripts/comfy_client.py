@@ -79,7 +79,8 @@ async def _run_graph(url: str, graph: dict, on_event: OnEvent) -> dict[str, dict
     ):
         async with session.post("/prompt", json={"prompt": graph, "client_id": client}) as response:
             answer = await response.json()
-        if response.status != 200:
+        # ComfyUI accepts a graph with a wrong part when another part of it can run.
+        if response.status != 200 or answer["node_errors"]:
             raise ComfyError(_refusal(answer))
         prompt = answer["prompt_id"]
         async for message in websocket:

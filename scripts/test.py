@@ -3,8 +3,8 @@
     python scripts/test.py [arguments for pytest]
 
 Sets up ComfyUI and its Python environment on the first call (environment.py). Then come ruff, all tests on the newest
-supported ComfyUI, and the tests marked `versions` on the older ones. COMFYUI_PATH in the environment names another ComfyUI
-to test on, alone. With arguments, pytest runs once, with them.
+supported ComfyUI, and the tests marked `versions` on the older ones. When COMFYUI_PATH names a ComfyUI, the tests run
+on that one alone. With arguments, pytest runs once, with them.
 """
 
 from __future__ import annotations

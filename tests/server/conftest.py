@@ -1,0 +1,42 @@
+"""A real ComfyUI server as a process, with this pack and the demo's random weights."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "scripts"))
+import comfy_client  # noqa: E402
+import environment  # noqa: E402
+import stand_in  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    return Path(os.environ["COMFYUI_PATH"])
+
+
+@pytest.fixture(scope="session")
+def base(comfyui, tmp_path_factory) -> Path:
+    """A ComfyUI base directory with the weights."""
+    base = environment.base_directory(tmp_path_factory.mktemp("server"))
+    stand_in.provide(comfyui, base / "models")
+    return base
+
+
+@pytest.fixture(scope="session")
+def full_controlnet(base) -> Path:
+    """A file with a full ControlNet's names where ControlNeXt files are listed."""
+    parts = ("input_hint_block.0", "zero_convs.0.0", "input_blocks.0.0", "middle_block_out.0")
+    path = base / "models" / "controlnext" / "full_controlnet.safetensors"
+    save_file({f"control_model.{part}.weight": torch.zeros(8, 8, 3, 3) for part in parts}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def url(comfyui, base):
+    with comfy_client.running_server(comfyui, base, options=("--cpu",)) as url:
+        yield url
