@@ -61,5 +61,6 @@ def add_controls(h: torch.Tensor, controls: list[tuple[torch.Tensor, torch.Tenso
         features = pool(features, h.shape[-2:])
         if weight.shape[-2:] != (1, 1):
             weight = pool(weight, h.shape[-2:])
-        out = torch.addcmul(mean, features, std).mul_(weight).add_(out)
+        # h first: it hands its memory format on, and with it the bits of the untouched samples
+        out = torch.addcmul(out, features, std * weight).add_(mean * weight)
     return out.flatten(0, 1)

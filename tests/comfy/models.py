@@ -24,13 +24,13 @@ UNETS = {
         use_temporal_attention=True, use_temporal_resblock=True, extra_ff_mix_layer=True, use_spatial_context=True,
         merge_strategy="learned_with_images", merge_factor=0.0, video_kernel_size=[3, 1, 1])),
 }
-SMALL = {
-    "sd15": dict(num_res_blocks=[1, 1, 1], channel_mult=[1, 2, 4], transformer_depth=[1, 1, 0],
-                 transformer_depth_output=[1, 1, 1, 1, 0, 0], transformer_depth_middle=1),
-    "sdxl": dict(num_res_blocks=[1, 1, 1], channel_mult=[1, 2, 4], transformer_depth=[0, 1, 1],
-                 transformer_depth_output=[0, 0, 1, 1, 1, 1]),
-    "svd": dict(num_res_blocks=[1, 1, 1], channel_mult=[1, 2, 4], transformer_depth=[1, 1, 0],
-                transformer_depth_output=[1, 1, 1, 1, 0, 0], transformer_depth_middle=1),
+SMALL = {  # two levels that still have both widths, 320 and 1280
+    "sd15": dict(num_res_blocks=[1, 1], channel_mult=[1, 4], transformer_depth=[1, 0],
+                 transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1),
+    "sdxl": dict(num_res_blocks=[1, 1], channel_mult=[1, 4], transformer_depth=[1, 0],
+                 transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1),
+    "svd": dict(num_res_blocks=[1, 1], channel_mult=[1, 4], transformer_depth=[1, 0],
+                transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1),
 }
 
 
