@@ -19,7 +19,8 @@ FOREIGN = (
     ("a full ControlNet", ("control_model.", "controlnet_cond_embedding", "controlnet_down_blocks", "zero_convs.",
                            "input_hint_block", "controlnet_x_embedder", "controlnet_blocks")),
     ("a T2I-Adapter", ("adapter.body.", "body.0.resnets", "body.0.block1")),
-    ("a VAE", ("encoder.conv_in", "decoder.conv_in", "first_stage_model.", "quant_conv", "decoder.up.", "encoder.down.")),
+    ("a VAE", ("encoder.conv_in", "decoder.conv_in", "first_stage_model.", "quant_conv", "decoder.up.",
+               "encoder.down.")),
     ("UNet weights (Load ControlNeXt UNet Weights takes these)",
      ("down_blocks.", "up_blocks.", "mid_block.", "input_blocks.", "output_blocks.", "middle_block.",
       "diffusion_model.")),
@@ -41,8 +42,9 @@ class Checkpoint:
         """Raises ValueError when a named variant cannot be what this file is."""
         names = [family.name for family in families_of(self.layout)]
         if variant != "auto" and variant not in names:
-            raise ValueError(f"variant: {variant} was chosen, but the file's tensors are those of {' or '.join(names)}; "
-                             f"choose auto or {' or '.join(names)}.")
+            fitting = " or ".join(names)
+            raise ValueError(f"variant: {variant} was chosen, but the file's tensors are those of {fitting}; "
+                             f"choose auto or {fitting}.")
 
 
 def strip_prefixes(state_dict: dict) -> dict:
@@ -82,8 +84,9 @@ def read(state_dict: dict, name: str, operations=nn, device=None) -> Checkpoint:
                          f"ControlNeXt file (often called controlnet.safetensors, 7 to 22 MB).")
     for key, value in state_dict.items():
         if not value.is_floating_point():
-            raise ValueError(f"{name}: tensor {key} holds {str(value.dtype).removeprefix('torch.')} numbers where floating "
-                             f"point weights are expected; download the file again or choose another.")
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: tensor {key} holds {dtype} numbers where floating point weights are expected; "
+                             f"download the file again or choose another.")
     try:
         widths = solve_widths({key: tuple(value.shape) for key, value in state_dict.items()})
     except ValueError as error:

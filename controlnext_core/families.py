@@ -37,6 +37,8 @@ class Family:
         zero_negative_scale: the reference sets ``scale`` to 0 for the unconditional half.
         stem_padding: padding of the stem's second and third convolution; the weights cannot tell it.
         stem_pool: halve the stem's output with a 2x2 max pooling; the weights cannot tell it.
+        window_reference: the reference gives the first frame of every window of a long video the control of the whole
+            video's first frame, the pose of the picture that is animated.
     """
 
     name: str
@@ -49,9 +51,10 @@ class Family:
     zero_negative_scale: bool = False
     stem_padding: int = 1
     stem_pool: bool = False
+    window_reference: bool = False
 
     def gains(self, scale: float) -> tuple[float, float]:
-        """Multipliers of the (conditional, unconditional) half for the learned ``scale`` (1.0 when the file has none)."""
+        """Multipliers of the (conditional, unconditional) half for the learned ``scale``, 1.0 in files without one."""
         return self.gain(scale), self.gain(0.0 if self.zero_negative_scale else scale)
 
 
@@ -62,9 +65,9 @@ FAMILIES = {
         Family("sd15_mid", "sd15", "mid", "middle", pool_first=True, eps=1e-12),
         Family("sdxl", "sdxl", "light", "conv_in", pool_first=False, eps=1e-12),
         Family("svd", "svd", "light", "down_0", pool_first=False, eps=1e-5,
-               gain=_fifth, zero_negative_scale=True, stem_padding=0),
+               gain=_fifth, zero_negative_scale=True, stem_padding=0, window_reference=True),
         Family("svd_padded", "svd", "light", "down_0", pool_first=False, eps=1e-5,
-               gain=_fifth, zero_negative_scale=True),
+               gain=_fifth, zero_negative_scale=True, window_reference=True),
         Family("svd_mid", "svd", "video_mid", "before_middle", pool_first=False, eps=1e-5,
                gain=_sigmoid, zero_negative_scale=True, stem_padding=0, stem_pool=True),
     )

@@ -43,7 +43,7 @@ OUT = {"mid_convs.1.weight": ("out", "{o}", 1, 1), "mid_convs.1.bias": ("out",)}
 
 
 def layout_of(keys: Sequence[str]) -> str:
-    """``mid`` (no stem), ``video_mid`` (stem and a third stage) or ``light``, told apart as the reference's classes are."""
+    """``mid`` (no stem), ``video_mid`` (stem and a third stage) or ``light``, as the reference's classes differ."""
     if "embedding.0.weight" not in keys:
         return "mid"
     return "video_mid" if "down_res.2.conv1.weight" in keys else "light"
@@ -87,7 +87,7 @@ def solve_widths(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         shapes: {key: shape} with prefixes stripped.
 
     Raises:
-        ValueError: a key is missing, a key is not ControlNeXt's, or a shape disagrees with the others; it names the key.
+        ValueError: a key is missing, not ControlNeXt's, or its shape disagrees with the others'; it is named.
     """
     expected = expected_shapes(list(shapes))
     missing = [key for key in expected if key not in shapes]

@@ -91,7 +91,8 @@ class ControlNeXtModule(nn.Module):
             layers = []
             for i, (wide_in, wide_out) in enumerate(zip(channels, channels[1:], strict=False)):
                 # padding of the later two is the family's choice, made in image_part
-                layers += [operations.Conv2d(wide_in, wide_out, 3, stride=2 if i == 0 else 1, padding=int(i == 0), **layer),
+                stride, padding = (2, 1) if i == 0 else (1, 0)
+                layers += [operations.Conv2d(wide_in, wide_out, 3, stride=stride, padding=padding, **layer),
                            operations.GroupNorm(STEM_GROUPS, wide_out, **layer), nn.ReLU()]
             self.embedding = nn.Sequential(*layers)
         self.down_res = nn.ModuleList(

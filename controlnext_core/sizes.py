@@ -16,11 +16,6 @@ def halved(size: tuple[int, int], times: int) -> tuple[int, int]:
 
 
 def crop(image: torch.Tensor, area: tuple[int, int, int, int], ratio: int) -> torch.Tensor:
-    """The part of (N, C, H, W) that lies over a latent ``area`` (height, width, top, left), ``ratio`` pixels a latent one."""
+    """The part of (N, C, H, W) over a latent ``area`` (height, width, top, left), ``ratio`` pixels a latent one."""
     height, width, top, left = (value * ratio for value in area)
     return image[..., top:top + height, left:left + width]
-
-
-def images_at_once(height: int, width: int, pixels: int = 1024 * 1024) -> int:
-    """How many control images of this size the module takes in one go, so that its memory does not grow with frames."""
-    return max(1, pixels // (height * width))

@@ -21,14 +21,16 @@ class ControlNeXtApply(io.ComfyNode):
             display_name="Apply ControlNeXt",
             category="ControlNeXt",
             description="Makes a MODEL follow a control image; connect its output to any sampler.",
-            search_aliases=["controlnext", "controlnet", "apply controlnet", "canny control", "pose control", "pose video"],
+            search_aliases=["controlnext", "controlnet", "apply controlnet", "canny control", "pose control",
+                            "pose video"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL to control; it is not changed."),
                 ControlNeXtType.Input("controlnext", tooltip="From Load ControlNeXt Model."),
-                io.Image.Input("image", tooltip="The control image (edges, pose, depth, mask ...), resized to the picture. "
-                                                "One for the whole batch, or one per picture or video frame."),
+                io.Image.Input("image",
+                               tooltip="The control image (edges, pose, depth, mask ...), resized to the picture. "
+                                       "One for the whole batch, or one per picture or video frame."),
                 io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01,
-                               tooltip="How strongly control acts. 1 is the strength the model was trained with, 0 is off."),
+                               tooltip="How strongly control acts. 1 is as the model was trained, 0 is off."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
                                tooltip="When control begins: 0 is the first step of the sampling, 1 the last."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
@@ -36,9 +38,10 @@ class ControlNeXtApply(io.ComfyNode):
                 io.Mask.Input("mask", optional=True, tooltip="Where control acts: white fully, black not at all."),
                 io.Combo.Input("inject_at", options=["auto", *PLACES], default="auto", optional=True, advanced=True,
                                tooltip="Where control enters the UNet. auto is where the model was trained to enter."),
-                io.Combo.Input("apply_to", options=["auto", "both", "positive"], default="auto", optional=True, advanced=True,
-                               tooltip="Which guidance halves are controlled. auto is how the model was trained; positive "
-                                       "leaves the negative half alone, which makes control stronger."),
+                io.Combo.Input("apply_to", options=["auto", "both", "positive"], default="auto", optional=True,
+                               advanced=True,
+                               tooltip="Which guidance halves are controlled. auto is how the model was trained; "
+                                       "positive leaves the negative half alone, which makes control stronger."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The controlled MODEL.")],
         )
@@ -95,5 +98,5 @@ def _place(base_model, controlnext: ControlNeXt, name: str) -> Place:
     found = f"is {places[name].channels} channels wide there" if name in places else "has no such place"
     advice = (f"set inject_at to {' or '.join(fitting)}" if fitting
               else "none of its places fits, so choose a ControlNeXt file made for this MODEL")
-    raise ValueError(f"inject_at: {controlnext.name} gives {channels} channels and belongs at {name}, but the connected MODEL "
-                     f"{found}; {advice}.")
+    raise ValueError(f"inject_at: {controlnext.name} gives {channels} channels and should enter at {name}, but the "
+                     f"connected MODEL {found}; {advice}.")

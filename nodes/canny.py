@@ -15,7 +15,7 @@ class ControlNeXtCanny(io.ComfyNode):
             node_id="ControlNeXtCanny",
             display_name="ControlNeXt Canny",
             category="ControlNeXt",
-            description="Edges as the SDXL Canny weights were trained with: thresholds from the image's median brightness.",
+            description="Edges as the SDXL Canny weights were trained with: thresholds from the median brightness.",
             search_aliases=["canny", "edge detection", "controlnext canny", "canny control", "outline"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture to take edges from."),

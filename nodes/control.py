@@ -18,7 +18,7 @@ IMAGE_PART_LIMIT = 256 * 1024 * 1024  # bytes; more images than this holds are r
 
 @dataclass(frozen=True)
 class Half:
-    """One guidance half of a batch: is it the positive one, and which (height, width, top, left) of the latent is it for."""
+    """One guidance half of a batch: is it positive, and for which (height, width, top, left) of the latent, if not all."""
 
     positive: bool
     area: tuple[int, int, int, int] | None
@@ -62,25 +62,28 @@ class Control:
         gains: multipliers of the positive and of the other guidance halves.
         sigmas: (first, last) noise level between which control acts.
         ratio: pixels of the image that one latent pixel stands for.
+        window_reference: the first frame of every context window is controlled by the first image.
     """
 
     def __init__(self, controlnext: ControlNeXt, family: Family, place: Place, image: torch.Tensor,
-                 mask: torch.Tensor | None, gains: tuple[float, float], sigmas: tuple[float, float], ratio: int):
+                 mask: torch.Tensor | None, gains: tuple[float, float], sigmas: tuple[float, float], ratio: int,
+                 window_reference: bool = False):
         self.patcher = controlnext.patcher
         self.cache = controlnext.loaded.features
         self.family = family
         self.place = place
         self.image = image.movedim(-1, 1)
-        self.fingerprint = hashlib.blake2b(image.contiguous().cpu().numpy().tobytes()).hexdigest()
+        self.fingerprint = _fingerprint(image)
         self.mask = None if mask is None else mask[:, None]
         self.gains = gains
         self.sigmas = sigmas
         self.ratio = ratio
+        self.window_reference = window_reference
         self._resized: torch.Tensor | None = None
         self._warned = False
 
     def __call__(self, forward: Forward) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(features, weights) for ``cross_normalization.add_controls``, or None where this forward goes uncontrolled."""
+        """(features, weights) for ``cross_normalization.add_controls``; None when this forward goes uncontrolled."""
         gains = [self.gains[0] if half.positive else self.gains[1] for half in forward.halves]
         if not self.sigmas[1] <= forward.sigma <= self.sigmas[0] or not any(gains):
             return None
@@ -98,8 +101,9 @@ class Control:
 
     def _features(self, forward: Forward, area: tuple[int, int, int, int] | None) -> torch.Tensor:
         """Standardized features (1 or samples, C, H, W) at the UNet's size, each image and timestep computed once."""
+        frames = (0, *forward.frames[1:]) if self.window_reference else forward.frames
         wanted = [(frame % len(self.image), timestep)
-                  for frame, timestep in zip(forward.frames, forward.timesteps, strict=True)]
+                  for frame, timestep in zip(frames, forward.timesteps, strict=True)]
         if len(self.image) not in (1, forward.total) and not self._warned:
             self._warned = True
             logging.warning("Apply ControlNeXt: %d control images for a batch of %d; they are %s.", len(self.image),
@@ -159,3 +163,11 @@ class Control:
         size = halved(forward.size, self.place.halvings)
         masks = [pool(mask if half.area is None else crop(mask, half.area, 1), size) for half in forward.halves]
         return gain * torch.stack(masks).to(forward.device, forward.dtype)
+
+
+def _fingerprint(image: torch.Tensor) -> str:
+    """Digest of (N, H, W, C), taken image by image: a long video is not copied for it."""
+    digest = hashlib.blake2b()
+    for one in image:
+        digest.update(one.contiguous().cpu().numpy())
+    return digest.hexdigest()

@@ -13,13 +13,14 @@ def list_files(kinds: tuple[str, ...]) -> list[str]:
 
 
 def find_file(name: str, kinds: tuple[str, ...], input_name: str) -> str:
-    """Full path of a listed file; the first folder that has it wins. FileNotFoundError names the input and the folders."""
+    """Full path of a listed file; the first folder that has it wins. FileNotFoundError names input and folders."""
     for kind in kinds:
         path = folder_paths.get_full_path(kind, name)
         if path is not None:
             return path
     folders = " or ".join(f"models/{kind}" for kind in kinds)
-    raise FileNotFoundError(f"{input_name}: {name} was not found in {folders}; put the file there and press R to refresh.")
+    raise FileNotFoundError(f"{input_name}: {name} was not found in {folders}; put the file there and press R to "
+                            f"refresh.")
 
 
 def read_state_dict(path: str, name: str, input_name: str) -> dict:
@@ -33,8 +34,8 @@ def read_state_dict(path: str, name: str, input_name: str) -> dict:
     try:
         state_dict = comfy.utils.load_torch_file(path, safe_load=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{input_name}: {name} is damaged or holds more than weights, so it was not opened; download it "
-                         f"again, as .safetensors if you can.") from error
+        raise ValueError(f"{input_name}: {name} is damaged or holds more than weights, so it was not opened; download "
+                         f"it again, as .safetensors if you can.") from error
     except Exception as error:
         raise ValueError(f"{input_name}: {name} cannot be read ({type(error).__name__}), it is damaged or incomplete; "
                          f"download it again.") from error

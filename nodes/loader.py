@@ -20,8 +20,8 @@ class ControlNeXtLoader(io.ComfyNode):
                 io.Combo.Input("controlnext_name", options=list_files(FOLDERS),
                                tooltip="A ControlNeXt file in models/controlnext or models/controlnet (7 to 22 MB)."),
                 io.Combo.Input("variant", options=["auto", *FAMILIES], default="auto",
-                               tooltip="Which release the file is from. auto reads it off the file and the connected MODEL; "
-                                       "choose svd_padded for files from the SVD v2 training code."),
+                               tooltip="Which release the file is from. auto reads it off the file and the connected "
+                                       "MODEL; choose svd_padded for files from the SVD v2 training code."),
             ],
             outputs=[ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt.")],
         )

@@ -57,7 +57,7 @@ def load_patcher(path: str, name: str, disable_dynamic: bool = False):
 
 
 def load_controlnext(name: str, variant: str) -> ControlNeXt:
-    """Load a file of models/controlnext or models/controlnet; a file that is in use already is shared, not read again."""
+    """Load a file of models/controlnext or models/controlnet; one that is in use already is shared, not read again."""
     path = find_file(name, FOLDERS, "controlnext_name")
     stat = os.stat(path)
     key = (path, stat.st_mtime_ns, stat.st_size)

@@ -17,7 +17,7 @@ PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle")
 
 @dataclass(frozen=True)
 class Place:
-    """One point of a UNet: the patch slot and block that reach it, the width there, and how often the latent was halved."""
+    """One point of a UNet: the slot and block of the patch that reaches it, its width, the latent's halvings there."""
 
     slot: str
     block: tuple[str, int]

@@ -13,7 +13,8 @@ REPO = Path(__file__).resolve().parent.parent
 
 def load_package(name: str, folder: Path):
     """Import a package by its path: with the repository on sys.path, its ``nodes`` would shadow ComfyUI's."""
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py",
+                                                  submodule_search_locations=[str(folder)])
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -49,12 +50,15 @@ class Goldens:
         self.module = json.loads((folder / "module.json").read_text())["variants"]
         self.unet = json.loads((folder / "unet.json").read_text())["variants"]
         self.unet_shapes = json.loads((folder / "unet_shapes.json").read_text())
+        self._state_dicts: dict[str, dict] = {}
 
-    def state_dict(self, variant: str, seed: int = 7) -> dict:
+    def state_dict(self, variant: str) -> dict:
         """The control module's weights, float32 torch tensors."""
         import torch
-        filled = self.weights.fill_(self.module[variant]["state_dict_shapes"], seed)
-        return {key: torch.from_numpy(value.copy()) for key, value in filled.items()}
+        if variant not in self._state_dicts:
+            filled = self.weights.fill_(self.module[variant]["state_dict_shapes"], 7)
+            self._state_dicts[variant] = {key: torch.from_numpy(value) for key, value in filled.items()}
+        return {key: value.clone() for key, value in self._state_dicts[variant].items()}
 
     def input(self, described: dict):
         """One input tensor from its description in the JSON files."""

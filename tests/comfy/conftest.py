@@ -14,7 +14,8 @@ if "COMFYUI_PATH" not in os.environ:
     raise pytest.UsageError("Set COMFYUI_PATH to a ComfyUI folder, or run scripts/test.py, which gets one.")
 
 BASE = Path(tempfile.mkdtemp(prefix="controlnext-tests-"))
-for folder in ("custom_nodes", "models/controlnext", "models/controlnet", "models/checkpoints", "input", "output", "temp", "user"):
+for folder in ("custom_nodes", "models/controlnext", "models/controlnet", "models/checkpoints", "input", "output",
+               "temp", "user"):
     (BASE / folder).mkdir(parents=True)
 
 sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]  # ComfyUI reads it when comfy.cli_args is imported
@@ -23,8 +24,9 @@ sys.path.append(str(Path(__file__).parent))  # the helpers beside this file
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
-import nodes  # noqa: E402
 import torch  # noqa: E402
+
+import nodes  # noqa: E402
 
 PACK = BASE / "custom_nodes" / "ComfyUI-ControlNeXt"
 PACK.symlink_to(REPO, target_is_directory=True)

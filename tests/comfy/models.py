@@ -6,6 +6,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
 import torch
+
 from controlnext_core.unet_keys import diffusers_to_ldm
 
 UNETS = {
@@ -37,7 +38,8 @@ SMALL = {  # two levels that still have both widths, 320 and 1280
 def unet_model(base: str, dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatcher:
     """A MODEL of ComfyUI's class for ``base``, its weights not filled."""
     model_class, config = UNETS[base]
-    config = {"image_size": 32, "model_channels": 320, "use_spatial_transformer": True, "dtype": dtype, "legacy": False, **config, **changes}
+    config = {"image_size": 32, "model_channels": 320, "use_spatial_transformer": True, "dtype": dtype, "legacy": False,
+              **config, **changes}
     model_config = model_class(config)
     model_config.set_inference_dtype(dtype, None)
     model = model_config.get_model({})

@@ -1,4 +1,4 @@
-"""What Apply ControlNeXt does to a sampling, in ComfyUI's own samplers, on small UNets of the real classes and widths."""
+"""What Apply ControlNeXt does to a sampling, in ComfyUI's own samplers, on small UNets of the real classes."""
 
 import comfy.model_management
 import comfy.samplers
@@ -67,8 +67,8 @@ def unet_calls():
     def record(model) -> list:
         calls = []
         hooks.append(model.model.diffusion_model.register_forward_hook(
-            lambda module, args, kwargs, output: calls.append((list(kwargs["transformer_options"]["cond_or_uncond"]), output)),
-            with_kwargs=True))
+            lambda module, args, kwargs, output: calls.append(
+                (list(kwargs["transformer_options"]["cond_or_uncond"]), output)), with_kwargs=True))
         return calls
     yield record
     for hook in hooks:
@@ -161,12 +161,13 @@ def test_order_of_two_controls_does_not_matter(apply, unets, controlnexts, first
             patched = apply(patched, controlnexts[family], image, strength=0.7)
         pictures.append(sample(patched, positive, negative, latent("sd15"), cfg=3.0))
     assert relative(*pictures) <= 1e-5
-    alone = sample(apply(model, controlnexts[first], picture(1), strength=0.7), positive, negative, latent("sd15"), cfg=3.0)
+    only_one = apply(model, controlnexts[first], picture(1), strength=0.7)
+    alone = sample(only_one, positive, negative, latent("sd15"), cfg=3.0)
     assert relative(pictures[0], alone) > 1e-3, "the second control did nothing"
 
 
 def test_two_controls_both_normalize_against_the_uncontrolled_features(apply, unets, controlnexts):
-    """The same control twice at half strength is the same control once: nothing is normalized against a controlled h."""
+    """The same control twice at half strength is that control once: none is normalized against a controlled h."""
     model, controlnext = unets["sd15"], controlnexts["sd15"]
     positive, negative = conds(model, "sd15")
     twice = apply(apply(model, controlnext, picture(), strength=0.5), controlnext, picture(), strength=0.5)
@@ -233,7 +234,8 @@ def test_gray_is_repeated_and_alpha_dropped(apply, unets, controlnexts, channels
     positive, negative = conds(model, "sd15")
     image = torch.rand(1, 64, 64, channels, generator=torch.Generator().manual_seed(1))
     rgb = image[..., :3] if channels == 4 else image.repeat(1, 1, 1, 3)
-    results = [sample(apply(model, controlnext, one), positive, negative, latent("sd15"), steps=1) for one in (image, rgb)]
+    results = [sample(apply(model, controlnext, one), positive, negative, latent("sd15"), steps=1)
+               for one in (image, rgb)]
     assert torch.equal(*results)
 
 
@@ -253,7 +255,8 @@ def test_image_of_another_size_is_stretched_to_the_picture(apply, unets, control
     assert relative(*results) <= 1e-2
 
 
-@pytest.mark.parametrize("start, end, expected", [(0.0, 0.4, [1, 1, 0, 0]), (0.5, 1.0, [0, 0, 1, 1]), (0.0, 1.0, [1] * 4)])
+@pytest.mark.parametrize("start, end, expected", [(0.0, 0.4, [1, 1, 0, 0]), (0.5, 1.0, [0, 0, 1, 1]),
+                                                  (0.0, 1.0, [1] * 4)])
 def test_start_and_end_percent_choose_the_steps(apply, unets, controlnexts, pack, monkeypatch, start, end, expected):
     injection = pack("nodes.injection")
     acted = []
@@ -292,7 +295,8 @@ def test_samplers_run_under_control(apply, unets, controlnexts, sampler):
     patched = apply(model, controlnexts["sd15"], picture())
     controlled = sample(patched, positive, negative, latent("sd15"), cfg=3.0, steps=3, sampler=sampler)
     assert torch.isfinite(controlled).all()
-    assert relative(controlled, sample(model, positive, negative, latent("sd15"), cfg=3.0, steps=3, sampler=sampler)) > 1e-3
+    plain = sample(model, positive, negative, latent("sd15"), cfg=3.0, steps=3, sampler=sampler)
+    assert relative(controlled, plain) > 1e-3
 
 
 def test_sampler_custom_advanced_equals_ksampler(run, apply, unets, controlnexts):
@@ -345,7 +349,8 @@ def test_inject_at_moves_the_control(apply, controlnexts, place):
     model = small_unet("sd15", channel_mult=[1, 1])
     positive, negative = conds(model, "sd15")
     auto = sample(apply(model, controlnexts["sd15"], picture()), positive, negative, latent("sd15"), steps=1)
-    moved = sample(apply(model, controlnexts["sd15"], picture(), inject_at=place), positive, negative, latent("sd15"), steps=1)
+    there = apply(model, controlnexts["sd15"], picture(), inject_at=place)
+    moved = sample(there, positive, negative, latent("sd15"), steps=1)
     assert torch.isfinite(moved).all()
     assert torch.equal(moved, auto) is (place == "down_0")
 

@@ -36,8 +36,8 @@ def forward_inputs(goldens, base, model, case):
     extra = {}
     if base == "sdxl":
         height, width, top, left, target_height, target_width = inputs["time_ids"][0].tolist()
-        extra = {"pooled_output": inputs["text_embeds"], "height": height, "width": width, "crop_h": top, "crop_w": left,
-                 "target_height": target_height, "target_width": target_width}
+        extra = {"pooled_output": inputs["text_embeds"], "height": height, "width": width, "crop_h": top,
+                 "crop_w": left, "target_height": target_height, "target_width": target_width}
     sigma = float(model.model.model_sampling.sigma(torch.tensor(float(case["timestep"]))))
     return cond(model, context=context, **extra), inputs["sample"], sigma
 

@@ -1,0 +1,59 @@
+"""The control module alone equals the reference implementation, and its two parts make the whole."""
+
+import pytest
+import torch
+
+from controlnext_core.checkpoint import read
+from controlnext_core.families import FAMILIES
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def module(goldens, family):
+    checkpoint = read(goldens.state_dict(family.name), family.name)
+    checkpoint.module.load_state_dict(checkpoint.state_dict)
+    return checkpoint.module
+
+
+def test_features_equal_the_reference(goldens, family, module):
+    for case in goldens.module[family.name]["cases"]:
+        image = goldens.input(case["image"])
+        image = image.flatten(0, 1) if image.ndim == 5 else image
+        with torch.no_grad():
+            features = module(image, torch.tensor([float(case["timestep"])]), family.stem_padding, family.stem_pool)
+        assert goldens.difference("module.safetensors", case["output"], features) <= 1e-5, case["name"]
+
+
+def test_image_part_serves_every_timestep(family, module):
+    image = torch.rand(2, 3, 64, 72, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        part = module.image_part(image, family.stem_padding, family.stem_pool)
+        kept = [tensor.clone() for tensor in part]
+        for timestep in (0.0, 501.0):
+            at = torch.tensor([timestep])
+            whole = module(image, at, family.stem_padding, family.stem_pool)
+            assert torch.equal(module.timestep_part(part, at), whole)
+    assert all(torch.equal(before, after) for before, after in zip(kept, part, strict=True))
+
+
+def test_one_timestep_serves_the_batch_and_each_may_have_its_own(family, module):
+    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    options = family.stem_padding, family.stem_pool
+    with torch.no_grad():
+        both = module(image, torch.tensor([10.0, 700.0]), *options)
+        for index, timestep in enumerate((10.0, 700.0)):
+            alone = module(image[index:index + 1], torch.tensor([timestep]), *options)
+            assert torch.allclose(both[index], alone[0], atol=1e-5 * float(alone.std()))
+
+
+def test_features_depend_on_image_and_timestep(family, module):
+    options = family.stem_padding, family.stem_pool
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        features = module(image, torch.tensor([500.0]), *options)
+        assert not torch.allclose(features, module(1 - image, torch.tensor([500.0]), *options))
+        assert not torch.allclose(features, module(image, torch.tensor([100.0]), *options))
