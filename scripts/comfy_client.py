@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from pathlib import Path
 import aiohttp
 
 OnEvent = Callable[[str, dict], None]
+# A proxy that the environment names cannot reach a server on this machine.
+open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 class ComfyError(RuntimeError):
@@ -57,7 +60,7 @@ def running_server(comfyui: Path, base: Path, port: int = 0, options: tuple[str,
 
 def get_json(url: str):
     """The JSON that a GET of `url` answers."""
-    with urllib.request.urlopen(url, timeout=60) as answer:
+    with open_url(url, timeout=60) as answer:
         return json.load(answer)
 
 
@@ -122,6 +125,9 @@ def _answers(url: str) -> bool:
 
 def _claim_port(port: int) -> int:
     with socket.socket() as probe:
+        if os.name != "nt":
+            # As ComfyUI does: a port is free although a server on it has just ended.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:

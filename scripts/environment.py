@@ -173,7 +173,7 @@ def _install(python: Path, comfyui: Path) -> None:
         print("Installing Python packages for an NVIDIA GPU (about 7 GB, some minutes) ...", flush=True)
         _pip_install(python, *packages, *TORCH_PACKAGES)
     else:
-        print("Installing Python packages (about 2.5 GB, some minutes) ...", flush=True)
+        print("Installing Python packages (3 to 6 GB, some minutes) ...", flush=True)
         _pip_install(python, *packages, *CPU_PINS)
         _pip_install(python, "--no-deps", CPU_TORCHAUDIO)
         _repair_torch_packages(python)

@@ -6,11 +6,11 @@ import shutil
 import subprocess
 import sys
 import urllib.error
-import urllib.request
 
 import demo
 import environment
 import pytest
+from comfy_client import open_url
 from PIL import Image
 
 SIZE = (128, 96)
@@ -40,11 +40,11 @@ def test_the_demo_says_where_the_picture_is_and_stays_open_until_it_is_ended(com
                 break
         text = "".join(lines)
         url = re.search(r"http://\S+", lines[-1])[0]
-        urllib.request.urlopen(url).close()
+        open_url(url).close()
         running.terminate()
         assert running.wait(20) == 143
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(url)
+        open_url(url)
     assert "random numbers" in text
     assert "KSampler" in text and "step 2 of 2" in text
     assert Image.open(re.search(r"^Picture: (.*)$", text, re.M)[1]).size == SIZE
@@ -58,7 +58,7 @@ def test_the_demo_ends_with_comfyuis_sentence_when_a_node_fails(command, full_co
     assert errors.splitlines()[-1].startswith(f"Error: ControlNeXtLoader: controlnext_name: {full_controlnet.name}")
     url = re.search(r"http://\S+", output)[0]
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(url)
+        open_url(url)
 
 
 @pytest.mark.parametrize("arguments, complaint", [

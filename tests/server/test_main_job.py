@@ -1,7 +1,5 @@
 """The main job over HTTP and websocket: photograph -> edges -> control -> sampled picture."""
 
-import urllib.request
-
 import comfy_client
 import demo
 import numpy as np
@@ -124,5 +122,5 @@ def test_a_file_that_is_not_in_the_list_is_refused_before_the_run(url):
 
 @pytest.mark.parametrize("node", CONTRACT)
 def test_the_help_page_is_served_where_the_frontend_asks_for_it(url, node):
-    with urllib.request.urlopen(f"{url}/extensions/ComfyUI-ControlNeXt/docs/{node}/en.md") as page:
+    with comfy_client.open_url(f"{url}/extensions/ComfyUI-ControlNeXt/docs/{node}/en.md") as page:
         assert page.read().decode().startswith("# ")
