@@ -18,7 +18,7 @@ IMAGE_PART_LIMIT = 256 * 1024 * 1024  # bytes; more images than this holds are r
 
 @dataclass(frozen=True)
 class Half:
-    """One guidance half of a batch: is it positive, and for which (height, width, top, left) of the latent, if not all."""
+    """One guidance half of a batch: is it positive, and for which (height, width, top, left) of the latent if not all."""
 
     positive: bool
     area: tuple[int, int, int, int] | None
@@ -67,7 +67,7 @@ class Control:
 
     def __init__(self, controlnext: ControlNeXt, family: Family, place: Place, image: torch.Tensor,
                  mask: torch.Tensor | None, gains: tuple[float, float], sigmas: tuple[float, float], ratio: int,
-                 window_reference: bool = False):
+                 window_reference: bool):
         self.patcher = controlnext.patcher
         self.cache = controlnext.loaded.features
         self.family = family

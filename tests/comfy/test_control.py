@@ -80,6 +80,7 @@ def one_call_each(monkeypatch, model):
     monkeypatch.setattr(model.model, "memory_required", lambda *args, **kwargs: 1e30)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("family, base", FAMILIES.items())
 def test_control_changes_the_picture_and_strength_zero_changes_no_bit(apply, unets, controlnexts, family, base):
     model = unets[base]

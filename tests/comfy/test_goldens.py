@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from models import golden_unet
+from models import golden_unet, unet_model
 from safetensors.torch import save_file
 from sampling import cond, one_forward
 
@@ -12,7 +12,7 @@ BASES = {"sd15": ("sd15", "sd15_mid"), "sdxl": ("sdxl",), "svd": ("svd", "svd_pa
 BOUND = {"sd15": 5e-5, "sdxl": 5e-5, "svd": 1e-4}
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=[pytest.param("sd15", marks=pytest.mark.versions), "sdxl", "svd"])
 def base(request):
     return request.param
 
@@ -42,23 +42,46 @@ def forward_inputs(goldens, base, model, case):
     return cond(model, context=context, **extra), inputs["sample"], sigma
 
 
+def controlled(run, goldens, models_folder, model, variant, case, strength=1.0):
+    """The MODEL behind Load ControlNeXt Model and Apply ControlNeXt, with the case's control image."""
+    save_file(goldens.state_dict(variant), models_folder / "controlnext" / f"{variant}.safetensors")
+    # a file of the svd layout is taken for svd unless svd_padded is named
+    controlnext = run("ControlNeXtLoader", controlnext_name=f"{variant}.safetensors",
+                      variant=variant if variant == "svd_padded" else "auto")
+    image = goldens.input(case["inputs"]["image"])
+    image = image[0] if image.ndim == 5 else image
+    return run("ControlNeXtApply", model=model, controlnext=controlnext, image=image.movedim(1, -1), strength=strength,
+               start_percent=0.0, end_percent=1.0)
+
+
 @pytest.mark.parametrize("output, strength", [("off", None), ("on", 1.0), ("half", 0.5)])
 def test_unet_equals_reference(run, goldens, models_folder, base, unet, output, strength):
     for variant in BASES[base]:
-        save_file(goldens.state_dict(variant), models_folder / "controlnext" / f"{variant}.safetensors")
         for case in goldens.unet[variant]["cases"]:
             model = unet
             if strength is not None:
-                controlnext = run("ControlNeXtLoader", controlnext_name=f"{variant}.safetensors",
-                                  variant=variant if variant == "svd_padded" else "auto")
-                image = goldens.input(case["inputs"]["image"])
-                image = (image[0] if base == "svd" else image).movedim(1, -1)
-                model = run("ControlNeXtApply", model=unet, controlnext=controlnext, image=image, strength=strength,
-                            start_percent=0.0, end_percent=1.0)
-            positive, sample, sigma = forward_inputs(goldens, base, model, case)
-            result = one_forward(model, positive, sample, sigma)
-            if base == "svd":
-                result = result[None]
+                model = controlled(run, goldens, models_folder, unet, variant, case, strength)
+            result = one_forward(model, *forward_inputs(goldens, base, model, case))
+            result = result[None] if base == "svd" else result
             difference = goldens.difference("unet.safetensors", case["outputs"][output], result)
             print(f"{case['name']} {output}: {difference:.2e} of the output's std")
             assert difference <= BOUND[base], f"{case['name']} {output}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_within_two_percent_of_float32(run, goldens, models_folder, base, unet, dtype):
+    """On the goldens' inputs, with the family that most files of the base are of."""
+    variant = BASES[base][0]
+    case = goldens.unet[variant]["cases"][0]
+    results = {}
+    for precision in (torch.float32, dtype):
+        model = unet if precision == torch.float32 else unet_model(base, dtype)
+        if model is not unet:
+            weights = {key: value.to(dtype) for key, value in unet.model.diffusion_model.state_dict().items()}
+            model.model.diffusion_model.load_state_dict(weights, assign=True)
+        model = controlled(run, goldens, models_folder, model, variant, case)
+        results[precision] = one_forward(model, *forward_inputs(goldens, base, model, case)).float()
+    assert torch.isfinite(results[dtype]).all()
+    difference = (results[dtype] - results[torch.float32]).norm() / results[torch.float32].norm()
+    print(f"{variant} {dtype}: {float(difference):.2%} of the float32 result")
+    assert difference <= 0.02

@@ -1,0 +1,215 @@
+"""Bad input gives one sentence that names the input, what was found and what to do."""
+
+import pickle
+import re
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.supported_models
+import pytest
+import torch
+from models import small_unet
+from safetensors.torch import save, save_file
+
+
+class Bomb:
+    """A pickle that would leave a trace if it were run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture(scope="module")
+def weights(goldens):
+    return goldens.state_dict("sd15")
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return small_unet("sd15")
+
+
+@pytest.fixture
+def loader(run, models_folder):
+    def load(name: str, variant: str = "auto"):
+        return run("ControlNeXtLoader", controlnext_name=name, variant=variant)
+    load.folder = models_folder / "controlnext"
+    return load
+
+
+@pytest.fixture
+def apply(run, models_folder, goldens):
+    def apply_node(model, family="sd15", variant="auto", image=None, start_percent=0.0, end_percent=1.0, **optional):
+        name = f"{family}.safetensors"
+        save_file(goldens.state_dict(family), models_folder / "controlnext" / name)
+        controlnext = run("ControlNeXtLoader", controlnext_name=name, variant=variant)
+        image = torch.zeros(1, 64, 64, 3) if image is None else image
+        return run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=1.0,
+                   start_percent=start_percent, end_percent=end_percent, **optional)
+    return apply_node
+
+
+def one_sentence(raised) -> str:
+    message = str(raised.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert len(message) < 350
+    assert re.match(r"[a-z_]+: ", message), "it begins with the input's name"
+    return message
+
+
+OTHER_FILES = {
+    "a full ControlNet": {"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3), "down_blocks.0.x.weight": (4,)},
+    "a LoRA": {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": (4, 4)},
+    "UNet weights": {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0.weight": (4, 4)},
+    "a VAE": {"encoder.conv_in.weight": (4, 4), "decoder.conv_in.weight": (4, 4)},
+}
+
+
+@pytest.mark.parametrize("what", OTHER_FILES)
+def test_another_kind_of_file_is_named(loader, what):
+    save_file({key: torch.zeros(shape) for key, shape in OTHER_FILES[what].items()}, loader.folder / "other.safetensors")
+    with pytest.raises(ValueError) as raised:
+        loader("other.safetensors")
+    assert f"other.safetensors is not a ControlNeXt model: it is {what}" in one_sentence(raised)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "pt"])
+def test_files_of_zero_length_are_empty(loader, suffix):
+    (loader.folder / f"zero.{suffix}").write_bytes(b"")
+    with pytest.raises(ValueError) as raised:
+        loader(f"zero.{suffix}")
+    assert "is empty (0 bytes)" in one_sentence(raised)
+
+
+def test_a_file_without_tensors_says_so(loader):
+    save_file({}, loader.folder / "none.safetensors")
+    with pytest.raises(ValueError) as raised:
+        loader("none.safetensors")
+    assert "holds no tensors" in one_sentence(raised)
+
+
+@pytest.mark.parametrize("keep", [5, 200, 100_000])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_truncated_files_are_said_to_be_damaged(loader, weights, suffix, keep):
+    path = loader.folder / f"cut.{suffix}"
+    if suffix == "bin":
+        torch.save(weights, path)
+    else:
+        save_file(weights, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError) as raised:
+        loader(path.name)
+    assert "damaged" in one_sentence(raised)
+
+
+@pytest.mark.parametrize("header", [b"\xff" * 64, (100).to_bytes(8, "little") + b"{" * 100, b"GGUF" * 20])
+def test_broken_headers_are_said_to_be_damaged(loader, weights, header):
+    (loader.folder / "header.safetensors").write_bytes(header + save(weights)[200:1000])
+    with pytest.raises(ValueError) as raised:
+        loader("header.safetensors")
+    assert "damaged" in one_sentence(raised)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pt"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_not_run(loader, tmp_path, suffix, zipped):
+    trace = tmp_path / "ran"
+    path = loader.folder / f"bomb.{suffix}"
+    if zipped:
+        torch.save({"x": Bomb(trace)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"x": Bomb(trace)}))
+    with pytest.raises(ValueError) as raised:
+        loader(path.name)
+    assert "holds more than weights, so it was not opened" in one_sentence(raised)
+    assert not trace.exists()
+
+
+def test_a_pickle_of_something_else_is_an_error(loader):
+    torch.save([1, 2, 3], loader.folder / "list.pt")
+    with pytest.raises(ValueError) as raised:
+        loader("list.pt")
+    assert "holds a list where named weights are expected" in one_sentence(raised)
+
+
+@pytest.mark.parametrize("bad, words", [(torch.zeros(256, dtype=torch.int32), "int32 numbers"),
+                                        (torch.full((256,), float("nan")), "NaN or infinite weights"),
+                                        (torch.zeros(257), "tensor down_res.1.norm2.bias has shape [257] where [256]")])
+def test_unusable_weights_are_named(loader, weights, bad, words):
+    save_file(weights | {"down_res.1.norm2.bias": bad}, loader.folder / "bad.safetensors")
+    with pytest.raises(ValueError) as raised:
+        loader("bad.safetensors")
+    message = one_sentence(raised)
+    assert words in message
+    assert "down_res.1.norm2.bias" in message
+
+
+def test_a_missing_file_names_the_folders(loader):
+    with pytest.raises(FileNotFoundError) as raised:
+        loader("nowhere.safetensors")
+    assert "nowhere.safetensors was not found in models/controlnext or models/controlnet" in one_sentence(raised)
+
+
+def test_a_variant_that_does_not_fit_the_file_names_those_that_do(loader, weights):
+    save_file(weights, loader.folder / "light.safetensors")
+    with pytest.raises(ValueError) as raised:
+        loader("light.safetensors", variant="svd_mid")
+    assert "svd_mid was chosen" in one_sentence(raised)
+
+
+def test_a_variant_for_another_model_names_both(apply, sd15):
+    with pytest.raises(ValueError) as raised:
+        apply(sd15, variant="sdxl")
+    message = one_sentence(raised)
+    assert "sdxl" in message
+    assert "the connected MODEL is SD1.5" in message
+
+
+def test_a_wide_file_on_a_model_without_such_a_place_says_so(apply):
+    with pytest.raises(ValueError) as raised:
+        apply(small_unet("sd15", channel_mult=[1, 2]), family="sd15_mid")
+    assert "gives 1280 channels" in one_sentence(raised)
+    assert "none of its places fits" in str(raised.value)
+
+
+def test_inject_at_of_another_width_says_which_places_fit(apply, sd15):
+    with pytest.raises(ValueError) as raised:
+        apply(sd15, inject_at="middle")
+    assert "set inject_at to conv_in or down_0" in one_sentence(raised)
+    with pytest.raises(ValueError) as raised:
+        apply(sd15, inject_at="down_2")
+    assert "has no such place" in one_sentence(raised)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_with_nan_is_an_error(run, apply, sd15, value):
+    image = torch.zeros(1, 64, 64, 3)
+    image[0, 3, 3, 1] = value
+    with pytest.raises(ValueError) as raised:
+        apply(sd15, image=image)
+    assert "image: " in one_sentence(raised)
+    with pytest.raises(ValueError) as raised:
+        run("ControlNeXtCanny", image=image, threshold="auto", low_threshold=100, high_threshold=200)
+    assert "image: " in one_sentence(raised)
+
+
+@pytest.mark.parametrize("start, end", [(0.5, 0.5), (0.8, 0.2)])
+def test_start_not_before_end_is_an_error(apply, sd15, start, end):
+    with pytest.raises(ValueError) as raised:
+        apply(sd15, start_percent=start, end_percent=end)
+    assert f"start_percent: {start:g} is not before end_percent {end:g}" in one_sentence(raised)
+
+
+def test_a_transformer_model_is_not_supported_yet(apply):
+    flux = comfy.supported_models.Flux({
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8,
+        "hidden_size": 48, "mlp_ratio": 1.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
+        "axes_dim": [8, 8, 8], "txt_ids_dims": [], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False, "dtype": torch.float32})
+    model = comfy.model_patcher.ModelPatcher(flux.get_model({}), torch.device("cpu"), torch.device("cpu"))
+    with pytest.raises(ValueError) as raised:
+        apply(model)
+    assert "the connected MODEL is a Flux, which is not supported yet" in one_sentence(raised)
