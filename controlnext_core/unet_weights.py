@@ -18,8 +18,9 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.")
 BASE_MARKS = (
     ("svd", ("spatial_res_block.", "temporal_res_block.", "temporal_transformer_blocks.", "time_stack.", "time_mixer.",
              "time_pos_embed.")),
+    ("sdxl", ("add_embedding.", "label_emb.")),
     ("sd15", ("down_blocks.0.attentions.", "input_blocks.1.1.")),
-    ("sdxl", ("add_embedding.", "label_emb.", ".transformer_blocks.1.")),
+    ("sdxl", (".transformer_blocks.1.",)),
 )
 # a full file's tensors point the way of the base weights and have their size; differences do neither
 SAME_COSINE = 0.5
@@ -193,7 +194,7 @@ def lora_key(key: str) -> str:
 
 
 def low_rank(difference: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The closest product of two smaller tensors, by singular value decomposition.
+    """The closest product of two smaller tensors: the singular value decomposition, cut at ``rank``.
 
     Args:
         difference: (out, in) or (out, in, *kernel), float32.
@@ -204,7 +205,13 @@ def low_rank(difference: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.T
         precision.
     """
     kernel = difference.shape[2:]
-    u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
-    root = s[:rank].sqrt()
-    up, down = u[:, :rank] * root, root[:, None] * v[:rank]
+    matrix = difference.flatten(1)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    if not wide:
+        matrix = matrix.T
+    # the singular vectors of the short side, 3 to 30 times faster than linalg.svd
+    short = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]
+    long = short.T @ matrix
+    root = long.norm(dim=1, keepdim=True).sqrt().clamp_min(TINY)
+    up, down = (short * root.T, long / root) if wide else ((long / root).T, (short * root.T).T)
     return up.reshape(*up.shape, *[1] * len(kernel)), down.reshape(len(down), -1, *kernel)

@@ -171,13 +171,21 @@ def test_lora_files_get_comfyui_names():
         "diffusion_model.input_blocks.1.1.time_mixer.mix_factor.diff")
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (24, 8, 3, 3), (24, 8, 3, 1, 1)])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 8, 3, 3), (24, 8, 3, 1, 1), (40, 2, 3, 3)])
 def test_low_rank_is_the_closest_product(shape):
     difference = torch.randn(shape)
     singular = torch.linalg.svdvals(difference.flatten(1))
-    for rank in (1, 5, 24, 1000):
+    for rank in (1, 5, len(singular), 1000):
         up, down = low_rank(difference, rank)
-        assert up.shape == (24, min(rank, 24), *[1] * (len(shape) - 2))
-        assert down.shape == (min(rank, 24), *shape[1:])
+        assert up.shape == (shape[0], min(rank, len(singular)), *[1] * (len(shape) - 2))
+        assert down.shape == (min(rank, len(singular)), *shape[1:])
         error = (difference.flatten(1) - up.flatten(1) @ down.flatten(1)).norm()
         torch.testing.assert_close(error, singular[rank:].norm(), rtol=1e-4, atol=1e-4)
+
+
+def test_low_rank_of_a_difference_with_fewer_ranks_than_asked_is_exact_and_finite_in_half_precision():
+    difference = 1e-3 * torch.randn(64, 2) @ torch.randn(2, 96)
+    up, down = (part.half().float() for part in low_rank(difference, 8))
+    assert float((up @ down - difference).norm() / difference.norm()) < 1e-3
+    up, down = low_rank(torch.zeros(8, 8), 2)
+    assert torch.equal(up @ down, torch.zeros(8, 8))
