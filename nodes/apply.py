@@ -42,6 +42,11 @@ class ControlNeXtApply(io.ComfyNode):
                                advanced=True,
                                tooltip="Which guidance halves are controlled. auto is how the model was trained; "
                                        "positive leaves the negative half alone, which makes control stronger."),
+                io.Combo.Input("window_reference", options=["auto", "on", "off"], default="auto", optional=True,
+                               advanced=True,
+                               tooltip="Long videos in context windows: lets the first control image, the pose of the "
+                                       "picture that is animated, control the first frame of every window. auto is how "
+                                       "the model was trained."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The controlled MODEL.")],
         )
@@ -49,7 +54,7 @@ class ControlNeXtApply(io.ComfyNode):
     @classmethod
     def execute(cls, model, controlnext: ControlNeXt, image: torch.Tensor, strength: float, start_percent: float,
                 end_percent: float, mask: torch.Tensor | None = None, inject_at: str = "auto",
-                apply_to: str = "auto") -> io.NodeOutput:
+                apply_to: str = "auto", window_reference: str = "auto") -> io.NodeOutput:
         if start_percent >= end_percent:
             raise ValueError(f"start_percent: {start_percent:g} is not before end_percent {end_percent:g}; set "
                              f"start_percent below end_percent.")
@@ -70,6 +75,7 @@ class ControlNeXtApply(io.ComfyNode):
             controlnext, family, place, image, mask, (strength * positive, strength * negative),
             (float(sampling.percent_to_sigma(start_percent)), float(sampling.percent_to_sigma(end_percent))),
             model.get_model_object("latent_format").spacial_downscale_ratio,
+            {"auto": family.window_reference, "on": True, "off": False}[window_reference],
         )
         return io.NodeOutput(add_control(model, control))
 

@@ -1,0 +1,214 @@
+"""Long videos: every window of ComfyUI's Context Windows node, or of AnimateDiff-Evolved, gets its own frames' control."""
+
+import inspect
+import threading
+import time
+
+import comfy.sample
+import comfy.samplers
+import psutil
+import pytest
+import torch
+from controlnext_core.cross_normalization import fit
+from controlnext_core.families import FAMILIES
+from models import small_unet
+from safetensors.torch import save_file
+from sampling import cond, sample
+
+pytestmark = pytest.mark.versions
+
+FRAMES = 10
+SIGMA = 3.0
+WINDOWS = {False: [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]],  # of 4 frames, 1 of them shared
+           True: [[0, 1, 2, 3], [2, 3, 4, 5, 6], [5, 6, 7, 8, 9]]}  # the causal fix puts one more before the later ones
+
+
+@pytest.fixture(scope="module")
+def svd():
+    return small_unet("svd")
+
+
+@pytest.fixture(scope="module")
+def precise():
+    return small_unet("svd", torch.float64)
+
+
+@pytest.fixture(scope="module")
+def controlnexts(run, goldens, models_folder):
+    loaded = {}
+    for family in ("sd15", "svd", "svd_padded", "svd_mid"):
+        save_file(goldens.state_dict(family), models_folder / "controlnext" / f"{family}.safetensors")
+        loaded[family] = run("ControlNeXtLoader", controlnext_name=f"{family}.safetensors", variant=family)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def apply(run):
+    def apply_node(model, controlnext, image, **optional):
+        return run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=1.0,
+                   start_percent=0.0, end_percent=1.0, **optional)
+    return apply_node
+
+
+@pytest.fixture(scope="module")
+def windows(run, comfy_nodes):
+    """windows(model): the stock node's windows over the frames."""
+    has_causal_fix = "causal_window_fix" in inspect.signature(comfy_nodes["ContextWindowsManual"].execute).parameters
+
+    def windows_node(model, causal=False, length=4, overlap=1, dim=0):
+        if causal and not has_causal_fix:
+            pytest.skip("this ComfyUI has no causal_window_fix")
+        causal = {"causal_window_fix": causal} if has_causal_fix else {}
+        return run("ContextWindowsManual", model=model, context_length=length, context_overlap=overlap,
+                   context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="flat", dim=dim,
+                   freenoise=False, **causal)
+    return windows_node
+
+
+def random(*shape, seed=0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def video(frames=FRAMES, size=64) -> torch.Tensor:
+    return random(frames, size, size, 3)
+
+
+def image_latents(frames=FRAMES) -> torch.Tensor:
+    return random(frames, 4, 8, 8, seed=1)
+
+
+def unet_calls(model, latent, concat=None, cfg=1.0) -> list[dict]:
+    """What every call of the UNet got and gave in one step of a sampler on the noisy ``latent``."""
+    calls = []
+
+    def note(module, args, kwargs, output):
+        options = kwargs["transformer_options"]
+        features, weights = next(iter(options["controlnext"].values()))[0]
+        calls.append({"timestep": float(args[1][0]), "features": features[0], "weights": weights, "output": output,
+                      "num_video_frames": kwargs.get("num_video_frames"), "cond_or_uncond": options["cond_or_uncond"]})
+
+    def sampler(apply, _, sigmas, extra_args=None, **__):
+        apply(latent, sigmas[:1].expand(len(latent)), **extra_args)
+        return latent
+    extra = {} if concat is None else {"concat_latent_image": concat}
+    hook = model.model.diffusion_model.register_forward_hook(note, with_kwargs=True)
+    try:
+        with torch.inference_mode():
+            comfy.sample.sample_custom(model, torch.zeros_like(latent), cfg, comfy.samplers.KSAMPLER(sampler),
+                                       torch.tensor([SIGMA, 0.0]), cond(model, 0, **extra), cond(model, 1, **extra),
+                                       torch.zeros_like(latent), disable_pbar=True, seed=1)
+    finally:
+        hook.remove()
+    return calls
+
+
+def with_reference(frames: list[int]) -> list[int]:
+    return [0, *frames[1:]]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("family", ["svd", "svd_padded", "svd_mid"])
+def test_a_windows_control_features_equal_a_plain_computation_of_its_frames(
+        apply, windows, controlnexts, precise, family, causal):
+    """In float64: in float32 a convolution alone differs by 3e-6 between a batch of four and four of one."""
+    controlnext, table, images = controlnexts[family], FAMILIES[family], video()
+    module = controlnext.patcher.model
+    calls = unet_calls(windows(apply(precise, controlnext, images), causal), 2 * random(FRAMES, 4, 8, 8))
+    assert len(calls) == len(WINDOWS[causal])
+    for call, frames in zip(calls, WINDOWS[causal], strict=True):
+        frames = frames if family == "svd_mid" else with_reference(frames)
+        with torch.inference_mode():
+            whole = module(images[frames].double().movedim(-1, 1), torch.tensor([call["timestep"]]), table.stem_padding,
+                           table.stem_pool)
+            expected = fit(whole, call["features"].shape[-2:], table.pool_first, table.eps)
+        assert float((call["features"] - expected).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_is_sampled_as_a_video_of_its_frames_alone(apply, windows, controlnexts, svd, causal, cfg):
+    images, latent, concat = video(), 2 * random(FRAMES, 4, 8, 8), image_latents()
+    windowed = unet_calls(windows(apply(svd, controlnexts["svd"], images), causal), latent, concat, cfg)
+    for call, frames in zip(windowed, WINDOWS[causal], strict=True):
+        alone = apply(svd, controlnexts["svd"], images[with_reference(frames)])
+        expected, = unet_calls(alone, latent[frames], concat[frames], cfg)
+        assert call["num_video_frames"] == len(frames)
+        assert call["cond_or_uncond"] == expected["cond_or_uncond"]
+        assert float((call["output"] - expected["output"]).abs().max() / expected["output"].std()) <= 1e-5
+
+
+@pytest.mark.parametrize("choice, referenced", [("auto", True), ("on", True), ("off", False)])
+def test_window_reference_chooses_the_control_of_a_windows_first_frame(
+        apply, windows, controlnexts, svd, choice, referenced):
+    images, latent = video(), random(FRAMES, 4, 8, 8)
+    model = apply(svd, controlnexts["svd"], images, window_reference=choice)
+    second = unet_calls(windows(model), latent)[1]["features"]
+    first, fourth = unet_calls(apply(svd, controlnexts["svd"], images), latent)[0]["features"][[0, 3]]
+    assert torch.equal(second[0], first if referenced else fourth)
+
+
+def test_each_frame_of_a_window_keeps_its_own_mask(apply, windows, controlnexts, svd):
+    mask = torch.zeros(FRAMES, 64, 64)
+    mask[[0, 4]] = 1
+    calls = unet_calls(windows(apply(svd, controlnexts["svd"], video(), mask=mask)), random(FRAMES, 4, 8, 8))
+    masked = [(call["weights"][0].flatten(1) != 0).all(dim=1).tolist() for call in calls]
+    assert masked == [[frame in (0, 4) for frame in frames] for frames in WINDOWS[False]]
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_windows_of_animatediff_evolved_get_their_frames(apply, controlnexts, cfg):
+    model, images, frames = small_unet("sd15"), video(), [7, 8, 9]
+    windowed = apply(model, controlnexts["sd15"], images)
+    windowed.model_options["transformer_options"]["ad_params"] = {"sub_idxs": frames, "full_length": FRAMES}
+    latent = random(3, 4, 8, 8)
+    call, = unet_calls(windowed, latent, cfg=cfg)
+    expected, = unet_calls(apply(model, controlnexts["sd15"], images[frames]), latent, cfg=cfg)
+    assert torch.equal(call["output"], expected["output"])
+
+
+def test_windows_over_another_dimension_are_refused_in_one_sentence(apply, windows, controlnexts, svd):
+    model = windows(apply(svd, controlnexts["svd"], video()), dim=2)
+    with pytest.raises(ValueError, match="^dim: .* set dim to 0 in Context Windows"):
+        unet_calls(model, random(FRAMES, 4, 8, 8))
+
+
+def test_too_few_control_frames_start_again_with_a_warning_and_too_many_are_cut(
+        apply, windows, controlnexts, svd, caplog):
+    images, latent = video(), random(FRAMES, 4, 8, 8)
+    repeated = unet_calls(windows(apply(svd, controlnexts["svd"], images[:5], window_reference="off")), latent)
+    by_hand = unet_calls(windows(apply(svd, controlnexts["svd"], images[[0, 1, 2, 3, 4] * 2], window_reference="off")),
+                         latent)
+    assert all(torch.equal(one["output"], other["output"]) for one, other in zip(repeated, by_hand, strict=True))
+    assert "5 control images for a batch of 10; they are repeated" in caplog.text
+    unet_calls(windows(apply(svd, controlnexts["svd"], torch.cat([images, images]))), latent)
+    assert "20 control images for a batch of 10; they are cut" in caplog.text
+
+
+def test_120_frames_need_no_more_memory_than_one_window(apply, windows, controlnexts, svd):
+    """Resident memory, sampled while it runs; unwindowed, the UNet alone takes several hundred MB more."""
+    size = 16
+    controlnexts["svd"].loaded.features.clear()
+    images = video(120, 8 * size)
+
+    def growth(frames: int) -> int:
+        model = windows(apply(svd, controlnexts["svd"], images[:frames]), length=12, overlap=3)
+        latent, done = torch.zeros(frames, 4, size, size), threading.Event()
+        process, peak = psutil.Process(), 0
+
+        def watch():
+            nonlocal peak
+            while not done.wait(0.005):
+                peak = max(peak, process.memory_info().rss)
+        watcher = threading.Thread(target=watch)
+        before = process.memory_info().rss
+        watcher.start()
+        try:
+            sample(model, cond(model, 0), cond(model, 1), latent, cfg=1.0, steps=1)
+        finally:
+            done.set()
+            watcher.join()
+        return (peak - before) // 1024 ** 2
+    start = time.monotonic()
+    short, long = growth(12), growth(120)
+    print(f"12 frames: {short} MB, 120 frames: {long} MB, {time.monotonic() - start:.0f} s")
+    assert long <= short + 100
