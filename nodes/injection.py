@@ -91,6 +91,8 @@ def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
         controls = [prepared for prepared in (one(forward) for one in injection.controls) if prepared is not None]
         if controls:
             ready[injection.place] = controls
+    if "num_video_frames" in kwargs:  # SVD's; ComfyUI does not count the frame that its causal window fix adds
+        kwargs["num_video_frames"] = len(forward.frames)
     return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, KEY: ready}, **kwargs)
 
 
@@ -115,6 +117,9 @@ def _frames(samples: int, options: dict) -> tuple[tuple[int, ...], int]:
     """Which entries of the whole batch or video a half holds, and how many there are in all."""
     window = options.get("context_window")
     if window is not None:
+        if window.dim != 0:
+            raise ValueError(f"dim: the context windows of a controlled UNet run over frames, dimension 0, but dim is "
+                             f"{window.dim}; set dim to 0 in Context Windows (Manual).")
         anchor = getattr(window, "causal_anchor_index", None)
         frames = list(window.index_list)
         return tuple(frames if anchor is None or anchor < 0 else [anchor, *frames]), window.total_frames
