@@ -71,7 +71,8 @@ OTHER_FILES = {
 
 @pytest.mark.parametrize("what", OTHER_FILES)
 def test_another_kind_of_file_is_named(loader, what):
-    save_file({key: torch.zeros(shape) for key, shape in OTHER_FILES[what].items()}, loader.folder / "other.safetensors")
+    tensors = {key: torch.zeros(shape) for key, shape in OTHER_FILES[what].items()}
+    save_file(tensors, loader.folder / "other.safetensors")
     with pytest.raises(ValueError) as raised:
         loader("other.safetensors")
     assert f"other.safetensors is not a ControlNeXt model: it is {what}" in one_sentence(raised)
@@ -208,7 +209,8 @@ def test_a_transformer_model_is_not_supported_yet(apply):
     flux = comfy.supported_models.Flux({
         "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8,
         "hidden_size": 48, "mlp_ratio": 1.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
-        "axes_dim": [8, 8, 8], "txt_ids_dims": [], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False, "dtype": torch.float32})
+        "axes_dim": [8, 8, 8], "txt_ids_dims": [], "theta": 10000, "patch_size": 2, "qkv_bias": True,
+        "guidance_embed": False, "dtype": torch.float32})
     model = comfy.model_patcher.ModelPatcher(flux.get_model({}), torch.device("cpu"), torch.device("cpu"))
     with pytest.raises(ValueError) as raised:
         apply(model)
