@@ -4,5 +4,7 @@ from .apply import ControlNeXtApply
 from .canny import ControlNeXtCanny
 from .loader import ControlNeXtLoader
 from .pose import POSE_NODES
+from .save_lora import ControlNeXtSaveAsLoRA
+from .unet_loader import ControlNeXtUNetLoader
 
-NODES = [ControlNeXtLoader, ControlNeXtApply, ControlNeXtCanny, *POSE_NODES]
+NODES = [ControlNeXtLoader, ControlNeXtApply, ControlNeXtUNetLoader, ControlNeXtSaveAsLoRA, ControlNeXtCanny, *POSE_NODES]
