@@ -63,6 +63,6 @@ def models_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def pack(comfy_nodes):
-    """pack("apply"): a module of the loaded pack, for what cannot be seen through its nodes."""
+    """pack("nodes.apply"): a module of the loaded pack, pack() itself: for what cannot be seen through its nodes."""
     root = comfy_nodes["ControlNeXtApply"].__module__.rsplit(".nodes.", 1)[0]
-    return lambda name: sys.modules[f"{root}.{name}"]
+    return lambda name="": sys.modules[f"{root}.{name}".removesuffix(".")]

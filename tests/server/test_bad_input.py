@@ -1,0 +1,97 @@
+"""Every kind of bad file reaches ComfyUI's error dialog as one sentence, and the server goes on."""
+
+import comfy_client
+import pytest
+import stand_in
+import torch
+from safetensors.torch import load_file, save_file
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+def without_tensors(path, weights):
+    save_file({}, path.with_suffix(".safetensors"))
+
+
+def zero_length(path, weights):
+    path.with_suffix(".safetensors").write_bytes(b"")
+
+
+def truncated(path, weights):
+    save_file(weights, path.with_suffix(".safetensors"))
+    path.with_suffix(".safetensors").write_bytes(path.with_suffix(".safetensors").read_bytes()[:50_000])
+
+
+def broken_header(path, weights):
+    path.with_suffix(".safetensors").write_bytes(b"\xff" * 4096)
+
+
+def code_in_pickle(path, weights):
+    torch.save({"down_res.0.norm1.weight": Bomb()}, path.with_suffix(".bin"))
+
+
+def lora(path, weights):
+    save_file({"lora_unet_mid_block.lora_up.weight": torch.zeros(4, 4)}, path.with_suffix(".safetensors"))
+
+
+def unet_weights(path, weights):
+    save_file({"down_blocks.0.attentions.0.proj_in.weight": torch.zeros(4, 4)}, path.with_suffix(".safetensors"))
+
+
+def vae(path, weights):
+    save_file({"encoder.conv_in.weight": torch.zeros(4, 4), "quant_conv.weight": torch.zeros(4)},
+              path.with_suffix(".safetensors"))
+
+
+def integers(path, weights):
+    key = "mid_convs.1.bias"
+    save_file(weights | {key: weights[key].to(torch.int32)}, path.with_suffix(".safetensors"))
+
+
+def not_a_number(path, weights):
+    key = "mid_convs.1.bias"
+    save_file(weights | {key: weights[key] * float("nan")}, path.with_suffix(".safetensors"))
+
+
+def wrong_shape(path, weights):
+    save_file(weights | {"mid_convs.1.bias": torch.zeros(321)}, path.with_suffix(".safetensors"))
+
+
+BAD_FILES = {
+    without_tensors: "holds no tensors", zero_length: "is empty", truncated: "damaged", broken_header: "damaged",
+    code_in_pickle: "holds more than weights", lora: "a LoRA", unet_weights: "UNet weights", vae: "a VAE",
+    integers: "int32 numbers", not_a_number: "NaN", wrong_shape: "tensor mid_convs.1.bias has shape [321]",
+}
+
+
+def load(url, name: str, variant: str = "auto") -> dict:
+    """Load ControlNeXt Model and a node that shows what came out."""
+    return comfy_client.run_graph(url, {
+        "load": {"class_type": "ControlNeXtLoader", "inputs": {"controlnext_name": name, "variant": variant}},
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["load", 0]}},
+    })
+
+
+@pytest.mark.parametrize("make, words", BAD_FILES.items(), ids=[make.__name__ for make in BAD_FILES])
+def test_a_bad_file_is_one_sentence_in_the_dialog_and_the_next_prompt_runs(url, base, make, words):
+    folder = base / "models" / "controlnext"
+    make(folder / make.__name__, load_file(folder / stand_in.CONTROLNEXT))
+    name = next(path.name for path in folder.iterdir() if path.stem == make.__name__)
+    with pytest.raises(comfy_client.ComfyError) as refused:
+        load(url, name)
+    node, input_name, sentence = str(refused.value).split(": ", 2)
+    assert (node, input_name) == ("ControlNeXtLoader", "controlnext_name")
+    assert name in sentence
+    assert words in sentence
+    assert sentence.endswith(".")
+    assert load(url, stand_in.CONTROLNEXT)["show"]
+    assert "this must not run" not in (base / "server.log").read_text()
+
+
+def test_a_variant_that_does_not_fit_the_file_is_one_sentence(url):
+    words = r"variant: svd_mid was chosen, but .* choose auto or sd15 or .*\.$"
+    with pytest.raises(comfy_client.ComfyError, match=words):
+        load(url, stand_in.CONTROLNEXT, "svd_mid")
