@@ -13,12 +13,10 @@ from ..controlnext_core.sizes import crop, halved
 from .model import ControlNeXt
 from .places import Place
 
-IMAGE_PART_LIMIT = 256 * 1024 * 1024  # bytes; more images than this holds are read anew each step, as video needs it
-
 
 @dataclass(frozen=True)
 class Half:
-    """One guidance half of a batch: is it positive, and for which (height, width, top, left) of the latent if not all."""
+    """One guidance half of a batch: is it positive, and which (height, width, top, left) of the latent is it for."""
 
     positive: bool
     area: tuple[int, int, int, int] | None
@@ -68,12 +66,12 @@ class Control:
     def __init__(self, controlnext: ControlNeXt, family: Family, place: Place, image: torch.Tensor,
                  mask: torch.Tensor | None, gains: tuple[float, float], sigmas: tuple[float, float], ratio: int,
                  window_reference: bool):
+        self.loaded = controlnext.loaded
         self.patcher = controlnext.patcher
-        self.cache = controlnext.loaded.features
         self.family = family
         self.place = place
         self.image = image.movedim(-1, 1)
-        self.fingerprint = _fingerprint(image)
+        self.fingerprints = [_fingerprint(one) for one in image]
         self.mask = None if mask is None else mask[:, None]
         self.gains = gains
         self.sigmas = sigmas
@@ -95,9 +93,10 @@ class Control:
             features = torch.stack([by_area[half.area] for half in forward.halves])
         return features, self._weights(forward, gains)
 
-    def forget_image_parts(self) -> None:
+    def end_run(self) -> None:
         """Give back what only a running sampling needs."""
-        self.cache.clear(lambda key: key[0] == "image")
+        self.loaded.image_parts.clear()
+        self.loaded.features.end_run()
 
     def _features(self, forward: Forward, area: tuple[int, int, int, int] | None) -> torch.Tensor:
         """Standardized features (1 or samples, C, H, W) at the UNet's size, each image and timestep computed once."""
@@ -117,7 +116,8 @@ class Control:
         """Features of one image at one timestep: images go one by one, so that no result depends on its batch."""
         family, module = self.family, self.patcher.model
         size = halved(forward.size, self.place.halvings)
-        image_key = ("image", self.fingerprint, index, forward.latent, area, family.name, forward.dtype, forward.device)
+        image_key = (self.fingerprints[index], forward.latent, self.ratio, area, family.name, forward.dtype,
+                     forward.device, torch.is_inference_mode_enabled())  # training cannot use inference's tensors
 
         def image_part():
             image = self._at_size(forward.latent)[index:index + 1]
@@ -126,14 +126,14 @@ class Control:
             return module.image_part(image.to(forward.device, forward.dtype), family.stem_padding, family.stem_pool)
 
         def features():
-            if self._image_part_bytes(forward) <= IMAGE_PART_LIMIT:
-                part = self.cache.get(image_key, image_part)
-            else:
+            if self._image_part_bytes(forward) <= self.loaded.image_parts.limit:
+                part = self.loaded.image_parts.get(image_key, image_part)
+            else:  # of a video, too few would stay to be worth their memory
                 part = image_part()
             at = torch.tensor([timestep], device=forward.device)
             return (fit(module.timestep_part(part, at), size, family.pool_first, family.eps),)
 
-        return self.cache.get(("features", *image_key[1:], timestep, size), features)[0]
+        return self.loaded.features.get((*image_key, timestep, size), features)[0]
 
     def _image_part_bytes(self, forward: Forward) -> int:
         """Upper bound of the image parts of all images of this control."""
@@ -166,8 +166,7 @@ class Control:
 
 
 def _fingerprint(image: torch.Tensor) -> str:
-    """Digest of (N, H, W, C), taken image by image: a long video is not copied for it."""
-    digest = hashlib.blake2b()
-    for one in image:
-        digest.update(one.contiguous().cpu().numpy())
+    """Digest of one image (H, W, C): its shape and its values."""
+    digest = hashlib.blake2b(repr(tuple(image.shape)).encode())
+    digest.update(image.contiguous().cpu().numpy())
     return digest.hexdigest()

@@ -4,7 +4,7 @@ A patch object at each place holds the controls that enter there. For every forw
 outside the (perhaps compiled) UNet and hands the result over in transformer_options; the patch only adds.
 """
 
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..controlnext_core.cross_normalization import add_controls
 from .control import Control, Forward, Half
@@ -42,10 +42,6 @@ class Injection:
     def models(self):
         return list(dict.fromkeys(control.patcher for control in self.controls))
 
-    def cleanup(self):
-        for control in self.controls:
-            control.forget_image_parts()
-
 
 def add_control(model, control: Control):
     """A clone of ``model`` (a ModelPatcher) in which ``control`` acts beside any others; ``model`` stays as it is."""
@@ -60,7 +56,20 @@ def add_control(model, control: Control):
     if not model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, run_controls)
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, note_conds)
+        model.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, end_run)  # 0.16 does not call the patches' cleanup
     return model
+
+
+def end_run(model):
+    """ON_CLEANUP callback, after every sampling, also one that was interrupted."""
+    for injection in _injections(model.model_options["transformer_options"]):
+        for control in injection.controls:
+            control.end_run()
+
+
+def _injections(options: dict) -> list[Injection]:
+    return [patch for slot in (INPUT_SLOT, MIDDLE_SLOT)
+            for patch in options.get("patches", {}).get(slot, ()) if isinstance(patch, Injection)]
 
 
 def note_conds(executor, x, timestep, model_options=None, seed=None):
@@ -83,11 +92,9 @@ def _clamped(area, latent: tuple[int, ...]) -> tuple[int, int, int, int] | None:
 def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
     """APPLY_MODEL wrapper: compute what every control adds in this forward, before and outside the UNet."""
     transformer_options = transformer_options or {}
-    injections = [patch for slot in (INPUT_SLOT, MIDDLE_SLOT)
-                  for patch in transformer_options.get("patches", {}).get(slot, ()) if isinstance(patch, Injection)]
     forward = _describe(executor.class_obj, x, t, transformer_options)
     ready = {}
-    for injection in injections:
+    for injection in _injections(transformer_options):
         controls = [prepared for prepared in (one(forward) for one in injection.controls) if prepared is not None]
         if controls:
             ready[injection.place] = controls

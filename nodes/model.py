@@ -2,15 +2,17 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakValueDictionary
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io
 
 from ..controlnext_core import checkpoint
-from .feature_cache import FeatureCache
+from .feature_cache import FeatureCache, limit_from_environment
 from .files import find_file, read_state_dict
 
 FOLDERS = ("controlnext", "controlnet")
@@ -20,7 +22,10 @@ _loaded: WeakValueDictionary = WeakValueDictionary()
 
 
 class LoadedModule:
-    """One file's module inside a ModelPatcher, with what the file says of it and the features it has computed."""
+    """One file's module inside a ModelPatcher, with what the file says of it and what it has computed.
+
+    ``features`` are kept from run to run, ``image_parts`` (what they go on from) while a sampling runs.
+    """
 
     def __init__(self, path: str, name: str, disable_dynamic: bool = False):
         state_dict = read_state_dict(path, name, "controlnext_name")
@@ -35,7 +40,17 @@ class LoadedModule:
         read.module.load_state_dict(read.state_dict, assign=self.patcher.is_dynamic())
         self.patcher.cached_patcher_init = (load_patcher, (path, name))
         self.checkpoint = read
-        self.features = FeatureCache()
+        limit = limit_from_environment()
+        self.features, self.image_parts = FeatureCache(limit), FeatureCache(limit // 2)
+        self.patcher.add_callback_with_key(CallbacksMP.ON_DETACH, "controlnext",
+                                           partial(_give_back, (self.features, self.image_parts)))
+
+
+def _give_back(caches: tuple[FeatureCache, ...], patcher, unpatch_all: bool) -> None:
+    """ON_DETACH callback: ComfyUI wants the memory, unless it only exchanges one clone of the patcher for another."""
+    if unpatch_all:
+        for cache in caches:
+            cache.clear()
 
 
 @dataclass(frozen=True)
