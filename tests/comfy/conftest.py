@@ -25,8 +25,9 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import torch  # noqa: E402
+import utils.extra_config  # noqa: E402, F401
 
-import nodes  # noqa: E402
+import nodes  # noqa: E402  after utils, as in main.py: it puts comfy/, with another utils, first
 
 PACK = BASE / "custom_nodes" / "ComfyUI-ControlNeXt"
 PACK.symlink_to(REPO, target_is_directory=True)
