@@ -7,4 +7,6 @@ from .pose import POSE_NODES
 from .save_lora import ControlNeXtSaveAsLoRA
 from .unet_loader import ControlNeXtUNetLoader
 
-NODES = [ControlNeXtLoader, ControlNeXtApply, ControlNeXtUNetLoader, ControlNeXtSaveAsLoRA, ControlNeXtCanny, *POSE_NODES]
+NODES = [
+    ControlNeXtLoader, ControlNeXtApply, ControlNeXtUNetLoader, ControlNeXtSaveAsLoRA, ControlNeXtCanny, *POSE_NODES,
+]

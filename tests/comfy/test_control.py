@@ -98,7 +98,7 @@ def test_control_changes_the_picture_and_strength_zero_changes_no_bit(apply, une
 @pytest.mark.parametrize("family, base", FAMILIES.items())
 def test_guidance_halves_give_the_same_picture_in_one_call_or_two(apply, controlnexts, monkeypatch, unet_calls, precise,
                                                                   family, base, cfg):
-    """In float64: in float32 the UNet alone differs by 1e-5 (SD) to 1e-4 (SVD) between a batch of two and two of one."""
+    """In float64: in float32 the UNet alone differs by 1e-5 (SD) to 1e-4 (SVD) between one batch of two and two."""
     model = apply(precise[base], controlnexts[family], picture())
     positive, negative = conds(model, base)
     calls = unet_calls(model)
