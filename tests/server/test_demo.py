@@ -38,6 +38,8 @@ def test_the_demo_says_where_the_picture_is_and_stays_open_until_it_is_ended(com
             lines.append(line)
             if line.startswith("ComfyUI is open"):
                 break
+        else:
+            pytest.fail(running.stderr.read())
         text = "".join(lines)
         url = re.search(r"http://\S+", lines[-1])[0]
         open_url(url).close()
