@@ -11,6 +11,7 @@ from .control import Control
 from .injection import add_control
 from .model import ControlNeXt, ControlNeXtType
 from .places import PLACES, Place, places_of
+from .strength_over_time import CurveInput, StrengthOverTime
 
 
 class ControlNeXtApply(io.ComfyNode):
@@ -47,6 +48,7 @@ class ControlNeXtApply(io.ComfyNode):
                                tooltip="Long videos in context windows: lets the first control image, the pose of the "
                                        "picture that is animated, control the first frame of every window. auto is how "
                                        "the model was trained."),
+                *_inputs_over_time(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The controlled MODEL.")],
         )
@@ -54,7 +56,8 @@ class ControlNeXtApply(io.ComfyNode):
     @classmethod
     def execute(cls, model, controlnext: ControlNeXt, image: torch.Tensor, strength: float, start_percent: float,
                 end_percent: float, mask: torch.Tensor | None = None, inject_at: str = "auto",
-                apply_to: str = "auto", window_reference: str = "auto") -> io.NodeOutput:
+                apply_to: str = "auto", window_reference: str = "auto", strength_curve=None,
+                strength_keyframes=None) -> io.NodeOutput:
         if start_percent >= end_percent:
             raise ValueError(f"start_percent: {start_percent:g} is not before end_percent {end_percent:g}; set "
                              f"start_percent below end_percent.")
@@ -71,13 +74,29 @@ class ControlNeXtApply(io.ComfyNode):
         positive, negative = family.gains(controlnext.loaded.checkpoint.scale)
         negative = {"auto": negative, "both": positive, "positive": 0.0}[apply_to]
         sampling = model.get_model_object("model_sampling")
+        over_time = None
+        if strength_curve is not None or strength_keyframes is not None:
+            over_time = StrengthOverTime(sampling, strength_curve, strength_keyframes)
         control = Control(
             controlnext, family, place, image, mask, (strength * positive, strength * negative),
             (float(sampling.percent_to_sigma(start_percent)), float(sampling.percent_to_sigma(end_percent))),
             model.get_model_object("latent_format").spacial_downscale_ratio,
-            {"auto": family.window_reference, "on": True, "off": False}[window_reference],
+            {"auto": family.window_reference, "on": True, "off": False}[window_reference], over_time,
         )
         return io.NodeOutput(add_control(model, control))
+
+
+def _inputs_over_time() -> list[io.Input]:
+    keyframes = io.HookKeyframes.Input(
+        "strength_keyframes", optional=True, advanced=True,
+        tooltip="Strength over time in steps: hook keyframes, whose strengths multiply strength.")
+    if CurveInput is None:
+        return [keyframes]
+    # forceInput: a socket for the Curve Editor node, not an editor inside this one
+    return [io.Custom("CURVE").Input(
+        "strength_curve", optional=True, advanced=True, extra_dict={"forceInput": True},
+        tooltip="Strength over time: a curve that multiplies strength, from the first step (left) to the last "
+                "(right)."), keyframes]
 
 
 def _family(base_model, controlnext: ControlNeXt) -> Family:

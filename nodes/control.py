@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.utils
@@ -61,11 +62,12 @@ class Control:
         sigmas: (first, last) noise level between which control acts.
         ratio: pixels of the image that one latent pixel stands for.
         window_reference: the first frame of every context window is controlled by the first image.
+        over_time: noise level -> factor of the gains, or None.
     """
 
     def __init__(self, controlnext: ControlNeXt, family: Family, place: Place, image: torch.Tensor,
                  mask: torch.Tensor | None, gains: tuple[float, float], sigmas: tuple[float, float], ratio: int,
-                 window_reference: bool):
+                 window_reference: bool, over_time: Callable[[float], float] | None = None):
         self.loaded = controlnext.loaded
         self.patcher = controlnext.patcher
         self.family = family
@@ -77,12 +79,14 @@ class Control:
         self.sigmas = sigmas
         self.ratio = ratio
         self.window_reference = window_reference
+        self.over_time = over_time
         self._resized: torch.Tensor | None = None
         self._warned = False
 
     def __call__(self, forward: Forward) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(features, weights) for ``cross_normalization.add_controls``; None when this forward goes uncontrolled."""
-        gains = [self.gains[0] if half.positive else self.gains[1] for half in forward.halves]
+        factor = 1.0 if self.over_time is None else self.over_time(forward.sigma)
+        gains = [factor * self.gains[0 if half.positive else 1] for half in forward.halves]
         if not self.sigmas[1] <= forward.sigma <= self.sigmas[0] or not any(gains):
             return None
         areas = dict.fromkeys(half.area for half in forward.halves)
