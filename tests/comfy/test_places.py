@@ -1,0 +1,26 @@
+"""Where control enters is read off the model's own structure."""
+
+import pytest
+from models import unet_model
+
+SHORT = dict(num_res_blocks=[1, 3], channel_mult=[1, 4], transformer_depth=[1, 0, 0, 0],
+             transformer_depth_output=[1, 1, 0, 0, 0, 0])
+EXPECTED = {  # {place: (block, channels, halvings)}
+    "sd15": ({}, {"conv_in": (0, 320, 0), "down_0": (3, 320, 1), "down_1": (6, 640, 2), "down_2": (9, 1280, 3),
+                  "before_middle": (11, 1280, 3)}),
+    "sdxl": ({}, {"conv_in": (0, 320, 0), "down_0": (3, 320, 1), "down_1": (6, 640, 2), "before_middle": (8, 1280, 2)}),
+    "svd": ({}, {"conv_in": (0, 320, 0), "down_0": (3, 320, 1), "down_1": (6, 640, 2), "down_2": (9, 1280, 3),
+                 "before_middle": (11, 1280, 3)}),
+    "sd15 with fewer levels": (SHORT, {"conv_in": (0, 320, 0), "down_0": (2, 320, 1), "before_middle": (5, 1280, 1)}),
+}
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("name", EXPECTED)
+def test_places_follow_the_blocks_of_the_model(pack, name):
+    changes, expected = EXPECTED[name]
+    places = pack("nodes.places").places_of(unet_model(name[:4].strip(), **changes).model.diffusion_model)
+    middle = places.pop("middle")
+    assert {place: (at.block[1], at.channels, at.halvings) for place, at in places.items()} == expected
+    assert (middle.channels, middle.halvings) == expected["before_middle"][1:]
+    assert all(at.slot == "input_block_patch_after_skip" for at in places.values())
