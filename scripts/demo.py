@@ -110,14 +110,19 @@ def put_photo(image: Path | None, size: tuple[int, int], folder: Path) -> Path:
 
 
 def put_weights(file: Path, folder: Path) -> str:
-    """Link a weight file into one of ComfyUI's model folders, or copy it where links are not allowed; give its name."""
-    place = folder / file.name
-    place.unlink(missing_ok=True)
-    try:
-        place.symlink_to(file)
-    except OSError:
-        shutil.copyfile(file, place)
-    return file.name
+    """Link a weight file into one of ComfyUI's model folders, or copy it where links are not allowed.
+
+    Returns the name that ComfyUI lists it by. It goes into a subfolder, so that files which the user put there stay.
+    """
+    place = folder / "given" / file.name
+    place.parent.mkdir(exist_ok=True)
+    if not (place.exists() and place.samefile(file)):
+        place.unlink(missing_ok=True)
+        try:
+            place.symlink_to(file)
+        except OSError:
+            shutil.copyfile(file, place)
+    return str(place.relative_to(folder))
 
 
 def show_progress(graph: dict):

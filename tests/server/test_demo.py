@@ -57,7 +57,8 @@ def test_the_demo_ends_with_comfyuis_sentence_when_a_node_fails(command, full_co
     running = command("--controlnext", full_controlnet)
     output, errors = running.communicate(timeout=300)
     assert running.returncode == 1
-    assert errors.splitlines()[-1].startswith(f"Error: ControlNeXtLoader: controlnext_name: {full_controlnet.name}")
+    assert errors.splitlines()[-1].startswith("Error: ControlNeXtLoader: controlnext_name: ")
+    assert full_controlnet.name in errors.splitlines()[-1]
     url = re.search(r"http://\S+", output)[0]
     with pytest.raises(urllib.error.URLError):
         open_url(url)
@@ -72,6 +73,18 @@ def test_arguments_that_cannot_work_are_refused_at_once(arguments, complaint, ca
     with pytest.raises(SystemExit):
         demo.parse_arguments(arguments)
     assert complaint in capsys.readouterr().err
+
+
+def test_a_given_weight_file_is_linked_and_never_replaces_one_in_the_models_folder(tmp_path):
+    models, mine = tmp_path / "models", tmp_path / "controlnet.safetensors"
+    models.mkdir()
+    (models / mine.name).write_text("the user's own")
+    mine.write_text("given")
+    name = demo.put_weights(mine, models)
+    assert (models / name).read_text() == "given"
+    assert demo.put_weights(models / name, models) == name
+    assert (models / name).read_text() == "given"
+    assert (models / mine.name).read_text() == "the user's own"
 
 
 def test_a_comfyui_path_without_comfyui_is_refused(monkeypatch, tmp_path):
