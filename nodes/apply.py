@@ -11,6 +11,7 @@ from .control import Control
 from .injection import add_control
 from .model import ControlNeXt, ControlNeXtType
 from .places import PLACES, Place, places_of
+from .preview import show_strength
 from .strength_over_time import CurveInput, StrengthOverTime
 
 
@@ -69,21 +70,22 @@ class ControlNeXtApply(io.ComfyNode):
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])
             mask, strength = (None, strength) if (mask == 1).all() else (mask, strength if mask.any() else 0.0)
-        if strength == 0.0:
-            return io.NodeOutput(model)
-        positive, negative = family.gains(controlnext.loaded.checkpoint.scale)
-        negative = {"auto": negative, "both": positive, "positive": 0.0}[apply_to]
         sampling = model.get_model_object("model_sampling")
         over_time = None
         if strength_curve is not None or strength_keyframes is not None:
             over_time = StrengthOverTime(sampling, strength_curve, strength_keyframes)
+        chart = show_strength(strength, start_percent, end_percent, over_time)
+        if strength == 0.0:
+            return io.NodeOutput(model, ui=chart)
+        positive, negative = family.gains(controlnext.loaded.checkpoint.scale)
+        negative = {"auto": negative, "both": positive, "positive": 0.0}[apply_to]
         control = Control(
             controlnext, family, place, image, mask, (strength * positive, strength * negative),
             (float(sampling.percent_to_sigma(start_percent)), float(sampling.percent_to_sigma(end_percent))),
             model.get_model_object("latent_format").spacial_downscale_ratio,
             {"auto": family.window_reference, "on": True, "off": False}[window_reference], over_time,
         )
-        return io.NodeOutput(add_control(model, control))
+        return io.NodeOutput(add_control(model, control), ui=chart)
 
 
 def _inputs_over_time() -> list[io.Input]:

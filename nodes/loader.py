@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..controlnext_core.families import FAMILIES
+from ..controlnext_core.families import BASE_NAMES, FAMILIES, families_of
 from .files import list_files
-from .model import FOLDERS, ControlNeXtType, load_controlnext
+from .model import FOLDERS, ControlNeXt, ControlNeXtType, load_controlnext
+from .preview import show_text
 
 
 class ControlNeXtLoader(io.ComfyNode):
@@ -24,8 +25,23 @@ class ControlNeXtLoader(io.ComfyNode):
                                        "MODEL; choose svd_padded for files from the SVD v2 training code."),
             ],
             outputs=[ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, controlnext_name: str, variant: str) -> io.NodeOutput:
-        return io.NodeOutput(load_controlnext(controlnext_name, variant))
+        controlnext = load_controlnext(controlnext_name, variant)
+        return io.NodeOutput(controlnext, ui=show_text(cls, _describe(controlnext)))
+
+
+def _describe(controlnext: ControlNeXt) -> str:
+    """Family, base model, size and precision of what was loaded."""
+    families = families_of(controlnext.loaded.checkpoint.layout)
+    if controlnext.variant != "auto":
+        families = [FAMILIES[controlnext.variant]]
+    names = " or ".join(family.name for family in families)
+    bases = " or ".join(dict.fromkeys(BASE_NAMES[family.base] for family in families))
+    parameters = list(controlnext.loaded.checkpoint.module.parameters())
+    size = sum(parameter.numel() for parameter in parameters) / 1e6
+    precision = str(parameters[0].dtype).removeprefix("torch.")
+    return f"{names} for {bases}, {size:.2f} million parameters, {precision}"

@@ -10,7 +10,8 @@ from comfy_api.latest import io
 
 from ..controlnext_core.unet_weights import lora_key, low_rank
 from .files import list_files
-from .unet_loader import FOLDERS, BaseWeights, choose_mode, load_unet_weights, remarks, show
+from .preview import show_text
+from .unet_loader import FOLDERS, BaseWeights, choose_mode, load_unet_weights, remarks
 
 
 class ControlNeXtSaveAsLoRA(io.ComfyNode):
@@ -55,7 +56,7 @@ class ControlNeXtSaveAsLoRA(io.ComfyNode):
         path = os.path.join(folder, f"{filename}_{counter:05}_.safetensors")
         comfy.utils.save_torch_file(lora, path)
         text = f"{os.path.relpath(path, output)}: {len(weights.tensors)} tensors, {mode} ({why}).{remarks(weights)}"
-        return io.NodeOutput(ui=show(cls, text))
+        return io.NodeOutput(ui=show_text(cls, text))
 
 
 def _lora_tensors(key: str, value, base: BaseWeights | None, rank: int) -> dict:

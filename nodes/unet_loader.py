@@ -1,16 +1,14 @@
 """Load ControlNeXt UNet Weights."""
 
-import logging
-
 import comfy.lora
 import comfy.model_management
 import torch
-from comfy_api.latest import io, ui
-from server import PromptServer
+from comfy_api.latest import io
 
 from ..controlnext_core.families import BASE_NAMES
 from ..controlnext_core.unet_weights import UNetWeights, compare, move_to_base, read, split_patches
 from .files import list_files, load_state_dict
+from .preview import show_text
 
 FOLDERS = ("controlnext", "controlnet", "diffusion_models")
 PREFIX = "diffusion_model."
@@ -51,7 +49,7 @@ class ControlNeXtUNetLoader(io.ComfyNode):
         mode, why = choose_mode(mode, weights, base)
         how = "added as differences" if mode == "difference" else "put in place of the MODEL's"
         text = f"{unet_name}: {len(weights.tensors)} tensors {how} at strength {strength:g} ({why}).{remarks(weights)}"
-        return io.NodeOutput(add_unet_weights(model, weights, mode, strength), ui=show(cls, text))
+        return io.NodeOutput(add_unet_weights(model, weights, mode, strength), ui=show_text(cls, text))
 
 
 class BaseWeights:
@@ -106,12 +104,3 @@ def add_unet_weights(model, weights: UNetWeights, mode: str, strength: float):
     for key in model.add_patches(patches, strength, 1.0 - strength if mode == "replace" else 1.0):
         model.patches[key] = move_to_base(model.patches[key])
     return model
-
-
-def show(cls, text: str) -> ui.PreviewText:
-    """Tell the user: in the log, on the node in the open page, and in the prompt's history."""
-    logging.info("ControlNeXt: %s", text)
-    if cls.hidden is not None:  # None outside a prompt
-        server = PromptServer.instance
-        server.send_progress_text(text, cls.hidden.unique_id, server.client_id)
-    return ui.PreviewText(text)

@@ -1,0 +1,28 @@
+"""What nodes show on themselves after a run, with ComfyUI's own previews."""
+
+import logging
+
+import torch
+from comfy_api.latest import ui
+from server import PromptServer
+
+from ..controlnext_core.chart import draw_chart
+from .strength_over_time import STEPS, StrengthOverTime
+
+
+def show_text(cls, text: str) -> ui.PreviewText:
+    """Tell the user: in the log, on the node in the open page, and in the prompt's history."""
+    logging.info("ControlNeXt: %s", text)
+    if cls.hidden is not None:  # None outside a prompt
+        server = PromptServer.instance
+        server.send_progress_text(text, cls.hidden.unique_id, server.client_id)
+    return ui.PreviewText(text)
+
+
+def show_strength(strength: float, start_percent: float, end_percent: float,
+                  over_time: StrengthOverTime | None) -> ui.PreviewImage:
+    """A chart of when and how strongly control acts, as a picture on the node."""
+    factors = [1.0] * (STEPS + 1) if over_time is None else over_time.factors
+    strengths = [strength * factor if start_percent <= step / STEPS <= end_percent else 0.0
+                 for step, factor in enumerate(factors)]
+    return ui.PreviewImage(torch.from_numpy(draw_chart(strengths))[None].float() / 255)
