@@ -3,9 +3,10 @@
 import os
 
 import folder_paths
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyAPI, ComfyExtension, io
 
 from .nodes import NODES
+from .nodes.replacements import REPLACEMENTS
 
 WEB_DIRECTORY = "./web"
 
@@ -22,6 +23,10 @@ register_model_folder()
 
 
 class ControlNeXtExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        for replacement in REPLACEMENTS:
+            await ComfyAPI().node_replacement.register(replacement)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
 
