@@ -4,6 +4,7 @@ import os
 
 import folder_paths
 from comfy_api.latest import ComfyAPI, ComfyExtension, io
+from server import PromptServer
 
 from .nodes import NODES
 from .nodes.replacements import REPLACEMENTS
@@ -24,6 +25,8 @@ register_model_folder()
 
 class ControlNeXtExtension(ComfyExtension):
     async def on_load(self) -> None:
+        if not hasattr(PromptServer, "instance"):
+            return  # ComfyUI as a library: no workflow files to open
         for replacement in REPLACEMENTS:
             await ComfyAPI().node_replacement.register(replacement)
 
