@@ -134,10 +134,11 @@ def test_every_file_to_download_is_named_where_its_loader_asks_for_it():
 
 
 def test_a_run_shows_the_picture_and_the_chart_of_control(page, main_job):
+    main_job["controlnext"]["inputs"]["variant"] = "sd15"  # a node that ran before would show nothing again
     page.evaluate("graph => app.loadApiJson(graph, 'main job')", main_job)
     page.wait_for_timeout(1000)
     outputs = ran(page, "save")
-    assert outputs["controlnext"]["text"][0].startswith("sd15 or ")
+    assert outputs["controlnext"]["text"][0].startswith("sd15 for SD1.5, ")
     page.wait_for_function("""() => {
         return app.graph.nodes.find(node => node.type == 'ControlNeXtApply').imgs?.[0]?.naturalWidth == 384
     }""")

@@ -37,9 +37,13 @@ def filled(chart: np.ndarray, row: int) -> list[bool]:
     return [bool(chart[row, 40 + int(share * 332)].max() > 90) for share in (0.2, 0.5, 0.8)]
 
 
-def test_the_loader_says_what_it_loaded(shown):
-    text = shown(strength=0.6)["controlnext"]["text"][0]
-    assert text == "sd15 or sdxl or svd or svd_padded for SD1.5 or SDXL or SVD, 3.53 million parameters, float16"
+def test_the_loader_says_what_it_loaded(url):
+    shown = comfy_client.run_graph(url, {
+        "load": {"class_type": "ControlNeXtLoader",
+                 "inputs": {"controlnext_name": stand_in.CONTROLNEXT, "variant": "svd_padded"}},
+        "end": {"class_type": "PreviewAny", "inputs": {"source": ["load", 0]}},
+    })
+    assert shown["load"]["text"] == ["svd_padded for SVD, 3.53 million parameters, float16"]
 
 
 def test_the_chart_shows_when_control_acts(chart):
