@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -118,7 +117,7 @@ def _refusal(answer: dict) -> str:
 def _answers(url: str) -> bool:
     try:
         get_json(f"{url}/system_stats")
-    except (urllib.error.URLError, ConnectionError):
+    except OSError:
         return False
     return True
 
