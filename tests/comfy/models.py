@@ -25,14 +25,9 @@ UNETS = {
         use_temporal_attention=True, use_temporal_resblock=True, extra_ff_mix_layer=True, use_spatial_context=True,
         merge_strategy="learned_with_images", merge_factor=0.0, video_kernel_size=[3, 1, 1])),
 }
-SMALL = {  # two levels that still have both widths, 320 and 1280
-    "sd15": dict(num_res_blocks=[1, 1], channel_mult=[1, 4], transformer_depth=[1, 0],
-                 transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1),
-    "sdxl": dict(num_res_blocks=[1, 1], channel_mult=[1, 4], transformer_depth=[1, 0],
-                 transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1),
-    "svd": dict(num_res_blocks=[1, 1], channel_mult=[1, 4], transformer_depth=[1, 0],
-                transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1),
-}
+SMALL = dict(num_res_blocks=[1, 1], channel_mult=[1, 1], transformer_depth=[1, 0],
+             transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1)
+WIDE = dict(channel_mult=[1, 4])  # 1280 channels in the middle, for the families whose control enters there
 
 
 def unet_model(base: str, dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatcher:
@@ -65,8 +60,8 @@ def golden_unet(goldens, base: str) -> comfy.model_patcher.ModelPatcher:
 
 
 def small_unet(base: str, dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patcher.ModelPatcher:
-    """A UNet of ``base``'s class and widths with fewer blocks and seeded random weights, for what needs no golden."""
-    patcher = unet_model(base, dtype, **{**SMALL[base], **changes})
+    """A UNet of ``base``'s class with few blocks, 320 wide, and seeded random weights, for what needs no golden."""
+    patcher = unet_model(base, dtype, **{**SMALL, **changes})
     generator = torch.Generator().manual_seed(seed)
     for parameter in patcher.model.diffusion_model.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 50.0

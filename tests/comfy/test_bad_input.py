@@ -8,7 +8,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import pytest
 import torch
-from models import small_unet
+from models import WIDE, small_unet
 from safetensors.torch import save, save_file
 
 
@@ -29,7 +29,7 @@ def weights(goldens):
 
 @pytest.fixture(scope="module")
 def sd15():
-    return small_unet("sd15")
+    return small_unet("sd15", **WIDE)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from models import small_unet
+from models import WIDE, small_unet
 from safetensors.torch import save_file
 from sampling import cond, sample
 
@@ -13,14 +13,21 @@ FAMILIES = {"sd15": "sd15", "sd15_mid": "sd15", "sdxl": "sdxl", "svd": "svd", "s
 FRAMES = 3
 
 
+def small_unets(dtype=torch.float32) -> dict:
+    """{family: a UNet that has its place and width}."""
+    unets = {base: small_unet(base, dtype) for base in ("sd15", "sdxl", "svd")}
+    unets |= {f"{base}_mid": small_unet(base, dtype, **WIDE) for base in ("sd15", "svd")}
+    return unets | {"svd_padded": unets["svd"]}
+
+
 @pytest.fixture(scope="session")
 def unets():
-    return {base: small_unet(base) for base in ("sd15", "sdxl", "svd")}
+    return small_unets()
 
 
 @pytest.fixture(scope="module")
 def precise():
-    return {base: small_unet(base, torch.float64) for base in ("sd15", "sdxl", "svd")}
+    return small_unets(torch.float64)
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +90,7 @@ def one_call_each(monkeypatch, model):
 @pytest.mark.versions
 @pytest.mark.parametrize("family, base", FAMILIES.items())
 def test_control_changes_the_picture_and_strength_zero_changes_no_bit(apply, unets, controlnexts, family, base):
-    model = unets[base]
+    model = unets[family]
     positive, negative = conds(model, base)
     plain = sample(model, positive, negative, latent(base), cfg=2.0)
     controlled = sample(apply(model, controlnexts[family], picture()), positive, negative, latent(base), cfg=2.0)
@@ -99,7 +106,7 @@ def test_control_changes_the_picture_and_strength_zero_changes_no_bit(apply, une
 def test_guidance_halves_give_the_same_picture_in_one_call_or_two(apply, controlnexts, monkeypatch, unet_calls, precise,
                                                                   family, base, cfg):
     """In float64: in float32 the UNet alone differs by 1e-5 (SD) to 1e-4 (SVD) between one batch of two and two."""
-    model = apply(precise[base], controlnexts[family], picture())
+    model = apply(precise[family], controlnexts[family], picture())
     positive, negative = conds(model, base)
     calls = unet_calls(model)
     together = sample(model, positive, negative, latent(base), cfg=cfg, steps=2)
@@ -125,7 +132,7 @@ def test_svd_leaves_the_unconditional_half_untouched(apply, unets, controlnexts,
 
 
 def test_svd_mid_gives_the_unconditional_half_the_references_065(apply, unets, controlnexts, unet_calls):
-    model, controlnext = unets["svd"], controlnexts["svd_mid"]
+    model, controlnext = unets["svd_mid"], controlnexts["svd_mid"]
     positive, _ = conds(model, "svd")
     scale = controlnext.loaded.checkpoint.scale
     as_positive = apply(model, controlnext, picture(), strength=0.65 / (1.3 / (1 + 2.718281828459045 ** -scale)))
@@ -152,7 +159,7 @@ def test_apply_to_chooses_the_halves(apply, unets, controlnexts, unet_calls, app
 
 @pytest.mark.parametrize("first, second", [("sd15", "sd15"), ("sd15", "sd15_mid")])
 def test_order_of_two_controls_does_not_matter(apply, unets, controlnexts, first, second):
-    model = unets["sd15"]
+    model = unets["sd15_mid"]
     positive, negative = conds(model, "sd15")
     one, two = (first, picture(1)), (second, picture(2))
     pictures = []
@@ -179,7 +186,7 @@ def test_two_controls_both_normalize_against_the_uncontrolled_features(apply, un
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "svd_mid"])
 def test_mask_of_zeros_is_off_and_of_ones_is_no_mask(apply, unets, controlnexts, family):
     base = FAMILIES[family]
-    model, controlnext = unets[base], controlnexts[family]
+    model, controlnext = unets[family], controlnexts[family]
     positive, negative = conds(model, base)
     plain = sample(model, positive, negative, latent(base), cfg=2.0)
     full = sample(apply(model, controlnext, picture()), positive, negative, latent(base), cfg=2.0)
@@ -244,7 +251,7 @@ def test_gray_is_repeated_and_alpha_dropped(apply, unets, controlnexts, channels
 @pytest.mark.parametrize("family", ["sd15", "sd15_mid", "sdxl"])
 def test_image_of_another_size_is_stretched_to_the_picture(apply, unets, controlnexts, family, size):
     from PIL import Image
-    model, controlnext = unets[FAMILIES[family]], controlnexts[family]
+    model, controlnext = unets[family], controlnexts[family]
     positive, negative = conds(model, FAMILIES[family])
     shape = torch.zeros(1, 4, size[0] // 8, size[1] // 8)
     image = (picture(6) * 255).to(torch.uint8)
@@ -329,7 +336,7 @@ def test_interrupted_run_leaves_the_incoming_model_as_it_was(apply, unets, contr
 
 
 def test_apply_registers_nothing_on_the_incoming_model(apply, unets, controlnexts):
-    model = unets["sd15"].clone()
+    model = unets["sd15_mid"].clone()
     apply(apply(model, controlnexts["sd15"], picture()), controlnexts["sd15_mid"], picture())
     assert not model.model_options["transformer_options"].get("patches")
     assert not model.get_all_wrappers(WrappersMP.APPLY_MODEL)
@@ -345,9 +352,9 @@ def test_second_apply_leaves_the_first_ones_model_as_it_was(apply, unets, contro
 
 
 @pytest.mark.parametrize("place", ["conv_in", "down_0", "before_middle", "middle"])
-def test_inject_at_moves_the_control(apply, controlnexts, place):
+def test_inject_at_moves_the_control(apply, unets, controlnexts, place):
     """On a UNet of one width every place fits, and each gives another picture."""
-    model = small_unet("sd15", channel_mult=[1, 1])
+    model = unets["sd15"]
     positive, negative = conds(model, "sd15")
     auto = sample(apply(model, controlnexts["sd15"], picture()), positive, negative, latent("sd15"), steps=1)
     there = apply(model, controlnexts["sd15"], picture(), inject_at=place)
