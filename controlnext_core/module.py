@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cross_normalization import pool
+
 STEM_GROUPS = 2  # cannot be deduced from the state dict, nor can the other group numbers
 CHANNELS_PER_GROUP = 32
 
@@ -134,15 +136,20 @@ class ControlNeXtModule(nn.Module):
             x = F.max_pool2d(x, 2)
         return self.down_res[0].before_time(x)
 
-    def timestep_part(self, image_part: tuple[torch.Tensor, torch.Tensor], timestep: torch.Tensor) -> torch.Tensor:
-        """Features (N, out, h, w) from ``image_part`` and the UNet's own timestep, (N,) or (1,) for all."""
+    def timestep_part(self, image_part: tuple[torch.Tensor, torch.Tensor], timestep: torch.Tensor,
+                      size: tuple[int, int] | None = None) -> torch.Tensor:
+        """Features (N, out, h, w) from ``image_part`` and the UNet's own timestep, (N,) or (1,) for all.
+
+        With ``size`` they are pooled to it, before the last convolution: it is 1x1, so the order makes no difference.
+        """
         h, residual = image_part
         emb = self.time_embedding(timestep_embedding(timestep, self.frequencies).to(h.dtype))
         x = self.down_sample[0](self.down_res[0].after_time(h, residual, emb))
         for resnet, downsample in zip(list(self.down_res)[1:], list(self.down_sample)[1:], strict=True):
             x = downsample(resnet.after_time(*resnet.before_time(x), emb))
         middle = self.mid_convs[0](x)
-        return self.mid_convs[1](middle + x if self.mid_residual else middle)
+        x = middle + x if self.mid_residual else middle
+        return self.mid_convs[1](x if size is None else pool(x, size))
 
     def forward(self, image: torch.Tensor, timestep: torch.Tensor, stem_padding: int, stem_pool: bool) -> torch.Tensor:
         """Both parts at once: image (N, 3, H, W) and timestep (N,) or (1,) to features (N, out, h, w)."""

@@ -135,7 +135,8 @@ class Control:
             else:  # of a video, too few would stay to be worth their memory
                 part = image_part()
             at = torch.tensor([timestep], device=forward.device)
-            return (fit(module.timestep_part(part, at), size, family.pool_first, family.eps),)
+            control = module.timestep_part(part, at, size if family.pool_first else None)
+            return (fit(control, size, family.pool_first, family.eps),)
 
         return self.loaded.features.get((*image_key, timestep, size), features)[0]
 

@@ -1,0 +1,141 @@
+"""What the benchmarks share: a real ComfyUI in this process with the pack in it, full-size UNets, and reports."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+REPOSITORY = FOLDER.parent
+INSIDE = "CONTROLNEXT_BENCHMARK"  # set when the script runs again in the Python that runs ComfyUI
+
+sys.path[1:1] = [str(REPOSITORY / "scripts"), str(REPOSITORY / "tests" / "comfy")]
+import environment  # noqa: E402
+import stand_in  # noqa: E402
+
+DEPTHS = {  # transformer depths of the released UNet, where the tests' one is cut
+    "sdxl": {"transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0] * 3 + [2] * 3 + [10] * 3,
+             "transformer_depth_middle": 10},
+}
+
+
+def enter() -> None:
+    """Go on in the Python that runs ComfyUI, set up on the first call; ComfyUI can be imported afterwards."""
+    if INSIDE not in os.environ:
+        try:
+            python, comfyui = environment.set_up()
+        except environment.SetupError as error:
+            sys.exit(f"Error: {error}")
+        os.environ[INSIDE], os.environ["COMFYUI_PATH"] = "1", str(comfyui)
+        environment.become(python, sys.argv)
+    import torch
+    sys.path.insert(1, os.environ["COMFYUI_PATH"])
+    base = environment.base_directory(Path(tempfile.mkdtemp(prefix="controlnext-benchmark-")))
+    # PyTorch's attention is ComfyUI's default on a GPU; its default on a CPU would slow the UNet and flatter control
+    sys.argv = ["main.py", "--base-directory", str(base), "--use-pytorch-cross-attention",
+                *([] if torch.cuda.is_available() else ["--cpu"])]
+    import comfy.options
+    comfy.options.enable_args_parsing()
+    _load_package("controlnext_core", REPOSITORY / "controlnext_core")
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def _load_package(name: str, folder: Path) -> None:
+    import importlib.util
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py",
+                                                  submodule_search_locations=[str(folder)])
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+class Pack:
+    """The pack as ComfyUI's own loader loads it."""
+
+    def __init__(self):
+        import folder_paths
+        import utils.extra_config  # noqa: F401
+
+        import nodes  # after utils, as in main.py: it puts comfy/, with another utils, first
+        folder = Path(folder_paths.get_folder_paths("custom_nodes")[0]) / "ComfyUI-ControlNeXt"
+        assert asyncio.run(nodes.load_custom_node(str(folder))), "ComfyUI could not load the pack"
+        self._nodes = nodes.NODE_CLASS_MAPPINGS
+        self._models = Path(folder_paths.models_dir)
+
+    def module(self, name: str):
+        """A module of the pack, such as ``nodes.injection``."""
+        root = self._nodes["ControlNeXtApply"].__module__.rsplit(".nodes.", 1)[0]
+        return sys.modules[f"{root}.{name}"]
+
+    def run(self, node: str, **inputs):
+        """The first output of a node."""
+        import torch
+        cls = self._nodes[node]
+        with torch.inference_mode():
+            return getattr(cls, cls.FUNCTION)(**inputs).result[0]
+
+    def controlnext(self, variant: str):
+        """A CONTROLNEXT of the light layout (sd15, sdxl and svd) with seeded random weights."""
+        from safetensors.torch import save_file
+        file = self._models / "controlnext" / f"{variant}.safetensors"
+        save_file(stand_in.random_weights(stand_in.controlnext_shapes(), seed=0), file)
+        return self.run("ControlNeXtLoader", controlnext_name=file.name, variant=variant)
+
+
+def unet(base: str, dtype, cut: bool):
+    """A MODEL of ComfyUI's class for ``base`` with seeded random weights and the released widths.
+
+    ``cut`` leaves SDXL's transformers one block deep, as a small machine needs it; the others are never cut.
+    """
+    import torch
+    from models import unet_model
+    model = unet_model(base, dtype, **({} if cut else DEPTHS.get(base, {})))
+    fill(model.model.diffusion_model, torch.Generator().manual_seed(0))
+    return model
+
+
+def fill(module, generator) -> None:
+    """Seeded random weights that keep the size of what goes through."""
+    import torch
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(0.5)
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    import comfyui_version
+    import torch
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+        device = f"CPU {names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    return {"device": device, "system": platform.platform(terse=True), "python": platform.python_version(),
+            "torch": torch.__version__, "comfyui": comfyui_version.__version__}
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def report(name: str, title: str, header: list[str], rows: list[list[str]], data: dict) -> None:
+    """Print a table (as Markdown) and write it with ``data`` to results/NAME.json."""
+    cells = [header, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    print(f"\n{title}\n", *(f"| {line} |" for line in lines), sep="\n", flush=True)
+    file = FOLDER / "results" / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    data = {"title": title, "machine": machine(), "table": [header, *rows], **data}
+    file.write_text(json.dumps(data, indent=1) + "\n")
+    print(f"\nWritten to {file.relative_to(REPOSITORY)}")
