@@ -174,7 +174,6 @@ def test_threads_get_their_own_results_within_the_bound(cache_of):
 # In samplings
 
 
-@pytest.mark.versions
 @pytest.mark.parametrize("again", [dict(seed=77), dict(prompt=5), dict(cfg=5.0), dict(batch=3), dict(sampler="ddim")])
 def test_the_same_image_size_and_schedule_run_the_module_never_again(apply, unets, controlnexts, module_runs, again):
     images, timesteps = module_runs(controlnexts["sd15"])
@@ -289,7 +288,6 @@ def test_an_image_is_known_again_in_another_batch(apply, unets, controlnexts, mo
     assert len(timesteps) == 9
 
 
-@pytest.mark.versions
 def test_unloading_all_models_empties_the_caches_and_the_next_run_is_right(apply, unets, controlnexts, module_runs):
     """What the server does for POST /free; loading models for the next run is no reason to empty them."""
     loaded = controlnexts["sd15"].loaded
@@ -307,7 +305,6 @@ def test_unloading_all_models_empties_the_caches_and_the_next_run_is_right(apply
     assert len(timesteps) == computed + 3
 
 
-@pytest.mark.versions
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_image_parts_go_when_a_run_ends(apply, unets, controlnexts, interrupted):
     loaded = controlnexts["sd15"].loaded

@@ -18,7 +18,6 @@ from svd_files import write_controlnext
 from controlnext_core.cross_normalization import fit
 from controlnext_core.families import FAMILIES
 
-pytestmark = pytest.mark.versions
 
 FRAMES = 10
 SIGMA = 3.0
