@@ -18,7 +18,6 @@ from svd_files import write_controlnext
 from controlnext_core.cross_normalization import fit
 from controlnext_core.families import FAMILIES
 
-
 FRAMES = 10
 SIGMA = 3.0
 ONE_WIDTH = {"channel_mult": [1, 1]}  # quick, and every family's control fits
