@@ -1,0 +1,211 @@
+"""Training ControlNeXt: the module, optionally with differences of a few UNet weights, on a frozen denoiser.
+
+A step is: ``draw_rows``, noise the latents, run the denoiser with ``control_features`` added by ``add_features`` (or by
+whatever calls ``cross_normalization.add_controls``), ``prediction_loss``, ``Training.update``.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from .cross_normalization import add_controls, fit
+from .families import Family
+from .module import ControlNeXtModule
+
+# the reference's widths by layout
+WIDTHS = {
+    "light": dict(frequencies=128, time=256, stem_0=64, stem_1=64, width_0=128, width_1=128, width_2=256, out=320),
+    "mid": dict(frequencies=128, time=256, width_0=3, width_1=128, width_2=256, width_3=256, out=1280),
+    "video_mid": dict(frequencies=128, time=256, stem_0=64, stem_1=64, width_0=128, width_1=128, width_2=256,
+                      width_3=256, out=1280),
+}
+# the UNet weights that the reference trains along, as patterns of diffusers names, by base
+UNET_PATTERNS = {"sd15": "to_out", "sdxl": r"attn2.*to_out", "svd": "to_out|to_v"}
+# a model predicts (x - x0 * a) / b of its noisy x; an error of the estimated x0 counts 1 / b^2, as the reference has it
+LOSS_WEIGHTS = {
+    "epsilon": lambda sigma: sigma ** -2,
+    "v": lambda sigma: sigma ** -2 + 1,
+    "flow": lambda sigma: sigma ** -2,
+}
+MAX_GRADIENT_NORM = 1.0
+
+
+def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, operations=nn,
+               **widths: int) -> ControlNeXtModule:
+    """A fresh module of a family in float32, initialised as the reference does: every layer as torch has it.
+
+    Args:
+        family: its layout gives the reference's widths and whether there is a stem.
+        seed: of the weights; torch's own random numbers are left as they were.
+        zero_convolution: start with a last convolution of zeros, for training without cross normalization.
+        operations: where layers come from; they must initialise themselves, as ``torch.nn`` does.
+        widths: other widths than the reference's: ``out`` (the denoiser's channels at the place of injection),
+            ``frequencies``, ``time``, ``stem_0``, ``stem_1``, ``width_0`` ...; above 32 they must be multiples of 32.
+
+    Raises:
+        ValueError: a width that the family's layout does not have.
+    """
+    reference = WIDTHS[family.layout]
+    if unknown := widths.keys() - reference.keys():
+        raise ValueError(f"{min(unknown)} is not a width of {family.name}; it has {', '.join(reference)}.")
+    widths = {**reference, **widths}
+    stages = sum(name.startswith("width_") for name in widths) - 1
+    keys = ["embedding.0.weight"] if "stem_0" in widths else []
+    keys += [f"down_res.{i}.conv_shortcut.weight" for i in range(stages)
+             if widths[f"width_{i}"] != widths[f"width_{i + 1}"]]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = ControlNeXtModule(widths, keys, operations=operations, dtype=torch.float32)
+    if zero_convolution:
+        for parameter in module.mid_convs[1].parameters():
+            nn.init.zeros_(parameter)
+    return module
+
+
+def control_features(module: ControlNeXtModule, family: Family, image: torch.Tensor, timestep: torch.Tensor,
+                     size: tuple[int, int], zero_convolution: bool = False) -> torch.Tensor:
+    """Features (N, out, H, W) at the denoiser's size, standardized unless ``zero_convolution``; differentiable.
+
+    The same steps as in sampling, so that what is trained is what is applied.
+
+    Args:
+        image: control images (N, 3, h, w) in [0, 1], RGB, in the compute dtype.
+        timestep: the denoiser's own, (N,) or (1,) for all.
+        size: (H, W) of the denoiser's features at the place of injection.
+    """
+    part = module.image_part(image, family.stem_padding, family.stem_pool)
+    features = module.timestep_part(part, timestep, size if family.pool_first or zero_convolution else None)
+    return features if zero_convolution else fit(features, size, family.pool_first, family.eps)
+
+
+def add_features(h: torch.Tensor, features: torch.Tensor, gain: float = 1.0,
+                 zero_convolution: bool = False) -> torch.Tensor:
+    """Denoiser features (N, C, H, W) with ``control_features`` added: cross-normalized to h, or as they are."""
+    if zero_convolution:
+        return h + gain * features
+    return add_controls(h, [(features[None], h.new_full((1, 1, 1, 1, 1), gain))])
+
+
+def select_weights(names: Mapping[str, str], pattern: str) -> dict[str, str]:
+    """The {diffusers name: the denoiser's own name} whose diffusers name holds the regular expression ``pattern``."""
+    return {name: key for name, key in names.items() if re.search(pattern, name)}
+
+
+def prediction_loss(denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor, prediction: str) -> torch.Tensor:
+    """Mean squared error (N,) of what the model predicts, told from its estimate of the clean latents.
+
+    Equal to ``mse(epsilon, noise)``, ``mse(v, alpha * noise - sigma * x0)`` or ``mse(velocity, noise - x0)`` of the
+    reference, sample by sample.
+
+    Args:
+        denoised: the model's estimate of ``clean``, (N, ...).
+        clean: the latents before noise, (N, ...).
+        sigma: (N,) noise level: of x0 + sigma * noise, for flow of (1 - sigma) * x0 + sigma * noise. Above 0.
+        prediction: epsilon, v or flow.
+    """
+    return LOSS_WEIGHTS[prediction](sigma) * (denoised.float() - clean.float()).square().flatten(1).mean(1)
+
+
+def draw_rows(buckets: Sequence[Sequence[int]], batch_size: int, generator: torch.Generator) -> list[int]:
+    """The samples of one batch: all of one bucket (of one size), drawn by its share of all; none twice."""
+    shares = torch.tensor([float(len(bucket)) for bucket in buckets])
+    bucket = buckets[int(torch.multinomial(shares, 1, generator=generator))]
+    return [bucket[i] for i in torch.randperm(len(bucket), generator=generator)[:batch_size].tolist()]
+
+
+def drop_captions(rows: int, share: float, generator: torch.Generator) -> list[bool]:
+    """Which rows of a batch get the empty caption; each does with probability ``share``, in [0, 1]."""
+    return (torch.rand(rows, generator=generator) < share).tolist()
+
+
+class Training:
+    """What a training carries from step to step, and can put down and take up again without changing a bit.
+
+    Args:
+        module: it becomes trainable, and is trained in place.
+        differences: {name: tensor} of UNet differences to go on from, zeros for a start; copied to float32.
+        learning_rate, unet_learning_rate: of AdamW. The weights decay to zero, the differences so to the base weights.
+        ema: decay of a moving average of everything that is trained, 0 for none.
+        seed: of ``generator``, from which all random numbers of a training are to be drawn.
+
+    Attributes:
+        differences: {name: float32 parameter}.
+        step: updates so far.
+        losses: one number an update.
+    """
+
+    def __init__(self, module: ControlNeXtModule, differences: Mapping[str, torch.Tensor] | None = None,
+                 learning_rate: float = 1e-4, unet_learning_rate: float = 1e-5, ema: float = 0.0, seed: int = 0):
+        self.module = module.requires_grad_(True)
+        self.differences = {name: nn.Parameter(value.detach().float().clone())
+                            for name, value in (differences or {}).items()}
+        groups = [{"params": list(module.parameters()), "lr": learning_rate}]
+        if self.differences:
+            groups.append({"params": list(self.differences.values()), "lr": unet_learning_rate})
+        self.optimizer = torch.optim.AdamW(groups)
+        self.ema = ema
+        self.average = [parameter.detach().clone() for parameter in self.parameters()] if ema else None
+        self.generator = torch.Generator().manual_seed(seed)
+        self.step = 0
+        self.losses: list[float] = []
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """All that is trained, in the optimizer's order."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def update(self, loss: torch.Tensor) -> float:
+        """One step of the optimizer down a scalar loss; returns it as a number."""
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters()], 1 - self.ema)
+        self.step += 1
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def weights(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(module state dict, differences) to apply or save: the moving average where there is one. Copies."""
+        values = [value.detach().clone() for value in self.average or self.parameters()]
+        names = [name for name, _ in self.module.named_parameters()]
+        return dict(zip(names, values, strict=False)), dict(zip(self.differences, values[len(names):], strict=True))
+
+    def state_dict(self) -> dict:
+        """Everything that the next step depends on, as tensors, numbers, lists and dicts of them; a copy."""
+        return copy.deepcopy({
+            "module": self.module.state_dict(),
+            "differences": {name: value.detach() for name, value in self.differences.items()},
+            "optimizer": self.optimizer.state_dict(), "average": self.average,
+            "generator": self.generator.get_state(), "step": self.step, "losses": self.losses,
+        })
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from ``state_dict`` of a Training of the same module and differences; learning rates stay one's own.
+
+        Raises:
+            ValueError: the state is of another module, other differences or without the moving average; says which.
+        """
+        shapes = {key: value.shape for key, value in self.module.state_dict().items()}
+        if shapes != {key: value.shape for key, value in state["module"].items()}:
+            raise ValueError("it is of a module with other widths")
+        if self.differences.keys() != state["differences"].keys():
+            raise ValueError(f"it trains {len(state['differences'])} UNet weights, this training "
+                             f"{len(self.differences)}")
+        if (self.average is None) != (state["average"] is None):
+            raise ValueError("only one of them keeps a moving average")
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.module.load_state_dict(state["module"])
+        with torch.no_grad():
+            for name, value in self.differences.items():
+                value.copy_(state["differences"][name])
+            for value, saved in zip(self.average or [], state["average"] or [], strict=True):
+                value.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.generator.set_state(state["generator"])
+        self.step, self.losses = state["step"], list(state["losses"])

@@ -1,0 +1,175 @@
+"""Training the module on a toy denoiser: losses, gradients, captions' rows, resume."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from controlnext_core import checkpoint
+from controlnext_core.families import FAMILIES
+from controlnext_core.training import (
+    Training,
+    add_features,
+    control_features,
+    draw_rows,
+    drop_captions,
+    new_module,
+    prediction_loss,
+    select_weights,
+)
+
+SMALL = dict(frequencies=8, time=16, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32, out=12)
+
+
+class Denoiser(nn.Module):
+    """Two convolutions, with the control between them."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.before, self.after = nn.Conv2d(4, 12, 3, padding=1), nn.Conv2d(12, 4, 3, padding=1)
+        self.requires_grad_(False)
+
+    def forward(self, x, difference, control):
+        return F.conv2d(control(self.before(x)), self.after.weight + difference, self.after.bias, padding=1)
+
+
+def one_step(training: Training, zero_convolution: bool = False) -> float:
+    """A training step of fixed data, all its random numbers from the training's own generator."""
+    denoiser, family = Denoiser(), FAMILIES["sdxl"]
+    data = torch.Generator().manual_seed(2)
+    images, latents = torch.rand(6, 3, 32, 32, generator=data), torch.randn(6, 4, 4, 4, generator=data)
+    rows = draw_rows([range(4), range(4, 6)], 2, training.generator)
+    noise = torch.randn(2, 4, 4, 4, generator=training.generator)
+    sigma = torch.rand(2, generator=training.generator) + 0.1
+    features = control_features(training.module, family, images[rows], sigma, (4, 4), zero_convolution)
+    x = latents[rows] + sigma[:, None, None, None] * noise
+    out = denoiser(x, training.differences["after"], lambda h: add_features(h, features, 1.0, zero_convolution))
+    loss = prediction_loss(x - sigma[:, None, None, None] * out, latents[rows], sigma, "epsilon").mean()
+    return training.update(loss)
+
+
+def small_training(ema: float = 0.0, zero_convolution: bool = False) -> Training:
+    module = new_module(FAMILIES["sdxl"], 3, zero_convolution, **SMALL)
+    return Training(module, {"after": torch.zeros(4, 12, 3, 3)}, 1e-3, 1e-3, ema, seed=4)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_new_module_has_the_keys_and_shapes_of_the_reference(goldens, family):
+    expected = {key: shape for key, shape in goldens.module[family.name]["state_dict_shapes"].items() if key != "scale"}
+    module = new_module(family)
+    assert {key: list(value.shape) for key, value in module.state_dict().items()} == expected
+    assert all(torch.isfinite(value).all() for value in module.parameters())
+
+
+def test_a_small_module_reads_back_from_its_own_state_dict():
+    module = new_module(FAMILIES["sd15"], **SMALL)
+    read = checkpoint.read(module.state_dict(), "small.safetensors")
+    read.module.load_state_dict(read.state_dict)
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.equal(read.module(image, torch.ones(1), 1, False), module(image, torch.ones(1), 1, False))
+
+
+def test_the_seed_makes_the_weights_and_leaves_other_random_numbers_alone():
+    before = torch.random.get_rng_state()
+    first, second, other = (new_module(FAMILIES["sdxl"], seed, **SMALL).mid_convs[1].weight for seed in (5, 5, 6))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_width_that_the_layout_lacks_is_named():
+    with pytest.raises(ValueError, match="stem_0 is not a width of sd15_mid"):
+        new_module(FAMILIES["sd15_mid"], stem_0=8)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_gradients_reach_every_parameter_through_cross_normalization(family):
+    module = new_module(family, out=32, time=32)
+    features = control_features(module, family, torch.rand(2, 3, 64, 64), torch.tensor([1.0, 500.0]), (4, 4))
+    h = add_features(torch.randn(2, 32, 4, 4), features, family.gains(1.0)[0])
+    (h * torch.randn_like(h)).sum().backward()
+    without = [name for name, value in module.named_parameters() if not value.grad.any()]
+    assert without == []
+
+
+def test_a_zero_convolution_starts_as_the_denoiser_alone_and_learns():
+    training = small_training(zero_convolution=True)
+    h, image = torch.randn(1, 12, 4, 4), torch.rand(1, 3, 32, 32)
+    features = control_features(training.module, FAMILIES["sdxl"], image, torch.ones(1), (4, 4), True)
+    assert torch.equal(add_features(h, features, 1.0, True), h)
+    one_step(training, True)
+    assert training.module.mid_convs[1].weight.any()
+
+
+def test_losses_are_the_mean_squared_errors_of_what_each_kind_of_model_predicts():
+    generator = torch.Generator().manual_seed(7)
+    clean, noise, out = torch.randn(3, 5, 4, 8, 8, generator=generator)
+    sigma = torch.tensor([0.05, 0.4, 0.9, 2.0, 14.0])
+    wide = sigma[:, None, None, None]
+    denoised = clean + wide * (noise - out)  # x - sigma * out
+    assert torch.allclose(prediction_loss(denoised, clean, sigma, "epsilon"),
+                          (out - noise).square().mean((1, 2, 3)), rtol=1e-3)
+    # flow: x = (1 - sigma) x0 + sigma noise, out is noise - x0
+    denoised = (1 - wide) * clean + wide * noise - wide * out
+    assert torch.allclose(prediction_loss(denoised, clean, sigma, "flow"),
+                          (out - (noise - clean)).square().mean((1, 2, 3)), rtol=1e-3)
+    root = (wide ** 2 + 1).sqrt()  # v of the scaled input: alpha = 1 / root, sigma / root
+    denoised = (clean + wide * noise) / root ** 2 - out * wide / root
+    assert torch.allclose(prediction_loss(denoised, clean, sigma, "v"),
+                          (out - (noise - wide * clean) / root).square().mean((1, 2, 3)), rtol=1e-3)
+
+
+def test_a_batch_is_of_one_bucket_without_repeats_and_buckets_come_by_their_share():
+    generator = torch.Generator().manual_seed(8)
+    buckets = [[0, 1, 2, 3, 4, 5], [6, 7]]
+    batches = [draw_rows(buckets, 3, generator) for _ in range(400)]
+    assert all(len(set(rows)) == len(rows) == (2 if rows[0] > 5 else 3) for rows in batches)
+    assert all(len({row > 5 for row in rows}) == 1 for rows in batches)
+    assert sum(rows[0] > 5 for rows in batches) == pytest.approx(100, abs=30)
+    assert {row for rows in batches for row in rows} == set(range(8))
+
+
+def test_captions_are_dropped_by_their_share():
+    generator = torch.Generator().manual_seed(9)
+    assert sum(drop_captions(4000, 0.2, generator)) == pytest.approx(800, abs=100)
+    assert not any(drop_captions(100, 0.0, generator)) and all(drop_captions(100, 1.0, generator))
+
+
+def test_weights_are_chosen_by_their_diffusers_names():
+    names = {"down_blocks.0.attn1.to_out.0.weight": "a", "mid_block.attn2.to_out.0.bias": "b", "conv_in.weight": "c"}
+    assert list(select_weights(names, "attn2.*to_out").values()) == ["b"]
+    assert list(select_weights(names, "to_out").values()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path, ema):
+    whole, first = small_training(ema), small_training(ema)
+    for _ in range(6):
+        one_step(whole)
+    for _ in range(3):
+        one_step(first)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = small_training(ema)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(3):
+        one_step(second)
+    assert second.losses == whole.losses and second.step == 6
+    for ours, expected in zip(second.weights(), whole.weights(), strict=True):
+        assert ours.keys() == expected.keys() and all(torch.equal(ours[key], expected[key]) for key in ours)
+
+
+def test_the_moving_average_lags_behind_what_is_trained():
+    training = small_training(ema=0.5)
+    start = training.module.mid_convs[1].weight.detach().clone()
+    one_step(training)
+    now, average = training.module.mid_convs[1].weight.detach(), training.weights()[0]["mid_convs.1.weight"]
+    assert torch.allclose(average, (start + now) / 2) and not torch.equal(start, now)
+
+
+def test_a_state_of_another_training_is_refused():
+    state = small_training().state_dict()
+    with pytest.raises(ValueError, match="moving average"):
+        small_training(ema=0.9).load_state_dict(state)
+    with pytest.raises(ValueError, match="0 UNet weights"):
+        small_training().load_state_dict({**state, "differences": {}})
