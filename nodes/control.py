@@ -152,11 +152,12 @@ class Control:
         height, width = latent[0] * self.ratio, latent[1] * self.ratio
         if self.image.shape[-2:] == (height, width):
             return self.image
-        if self._resized is None or self._resized.shape[-2:] != (height, width):
+        resized = self._resized  # held: another thread may exchange it
+        if resized is None or resized.shape[-2:] != (height, width):
             logging.info("Apply ControlNeXt: the control image is resized from %dx%d to %dx%d.",
                          self.image.shape[-1], self.image.shape[-2], width, height)
-            self._resized = comfy.utils.common_upscale(self.image, width, height, "lanczos", "disabled")
-        return self._resized
+            resized = self._resized = comfy.utils.common_upscale(self.image, width, height, "lanczos", "disabled")
+        return resized
 
     def _weights(self, forward: Forward, gains: list[float]) -> torch.Tensor:
         """Multipliers (halves, samples or 1, 1, H or 1, W or 1): the half's gain times the mask."""

@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import comfy.model_management
 import comfy.sample
@@ -242,6 +243,25 @@ def test_results_with_and_without_caches_are_equal_bit_for_bit(
     assert torch.isfinite(off).all()
     assert torch.equal(first, off)
     assert torch.equal(second, off)
+
+
+def test_threads_that_share_a_control_get_what_each_gets_alone(pack, apply, unets, controlnexts):
+    """As in multi-GPU sampling, where every device has a thread; sizes and timesteps differ to make it harder."""
+    half, forward = pack("nodes.control").Half, pack("nodes.control").Forward
+    options = apply(unets["sd15"], controlnexts["sd15"], picture(91, 2)).model_options["transformer_options"]
+    control, = options["patches"]["input_block_patch_after_skip"][0].controls
+    calls = [forward(5.0, (at, at), (half(True, None), half(False, None)), (size, size), (size, size), (0, 1), 2,
+                     torch.float32, torch.device("cpu")) for at in (900.0, 20.0) for size in (6, 10)]
+
+    def features(call) -> torch.Tensor:
+        with torch.inference_mode():
+            return control(call)[0]
+    expected = [features(call) for call in calls]
+    controlnexts["sd15"].loaded.features.clear()
+    control.end_run()
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(features, calls * 2))
+    assert all(torch.equal(one, other) for one, other in zip(results, expected * 2, strict=True))
 
 
 def stripes(height: int, width: int) -> torch.Tensor:
