@@ -38,6 +38,10 @@ class Checkpoint:
     layout: str
     scale: float
 
+    def known_family(self, declared: str | None) -> str:
+        """The family that a file declares in its metadata, ``auto`` when it declares none of its layout."""
+        return declared if declared in [family.name for family in families_of(self.layout)] else "auto"
+
     def check_variant(self, variant: str) -> None:
         """Raises ValueError when a named variant cannot be what this file is."""
         names = [family.name for family in families_of(self.layout)]

@@ -13,6 +13,7 @@ from torch import nn
 
 from .cross_normalization import add_controls, fit
 from .families import Family
+from .layouts import layout_of
 from .module import ControlNeXtModule
 
 # the reference's widths by layout
@@ -31,6 +32,9 @@ LOSS_WEIGHTS = {
     "flow": lambda sigma: sigma ** -2,
 }
 MAX_GRADIENT_NORM = 1.0
+# what our files say of themselves: a family's name, and difference or replace
+FAMILY_KEY, MODE_KEY = "controlnext.family", "controlnext.unet"
+SCALED_LAYOUTS = ("mid", "video_mid")  # whose files hold the number ``scale``
 
 
 def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, operations=nn,
@@ -119,6 +123,26 @@ def draw_rows(buckets: Sequence[Sequence[int]], batch_size: int, generator: torc
 def drop_captions(rows: int, share: float, generator: torch.Generator) -> list[bool]:
     """Which rows of a batch get the empty caption; each does with probability ``share``, in [0, 1]."""
     return (torch.rand(rows, generator=generator) < share).tolist()
+
+
+def reference_files(module: Mapping[str, torch.Tensor], family: Family | None, scale: float,
+                    differences: Mapping[str, torch.Tensor]) -> dict[str, tuple[dict, dict]]:
+    """{file name: (tensors, metadata)} as the reference implementation names and reads them.
+
+    Args:
+        module: the module's state dict.
+        family: None when it is not known; the files then do not tell it.
+        scale: the learned scale, in the files of the families that have one.
+        differences: {diffusers name: tensor}; without any there is one file.
+    """
+    tensors = dict(module)
+    if layout_of(list(module)) in SCALED_LAYOUTS:
+        tensors["scale"] = torch.tensor(scale)
+    metadata = {FAMILY_KEY: family.name} if family else {}
+    files = {"controlnet.safetensors": (tensors, metadata)}
+    if differences:
+        files["unet.safetensors"] = (dict(differences), {**metadata, MODE_KEY: "difference"})
+    return files
 
 
 class Training:

@@ -65,8 +65,8 @@ class ControlNeXtApply(io.ComfyNode):
         image = as_rgb(image)
         if not torch.isfinite(image).all():
             raise ValueError("image: the control image holds NaN or infinite values; check the node that made it.")
-        family = _family(model.model, controlnext)
-        place = _place(model.model, controlnext, family.place if inject_at == "auto" else inject_at)
+        family = family_of(model.model, controlnext)
+        place = place_of(model.model, controlnext, family.place if inject_at == "auto" else inject_at)
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])
             mask, strength = (None, strength) if (mask == 1).all() else (mask, strength if mask.any() else 0.0)
@@ -101,21 +101,22 @@ def _inputs_over_time() -> list[io.Input]:
                 "(right)."), keyframes]
 
 
-def _family(base_model, controlnext: ControlNeXt) -> Family:
-    """The file's family for this MODEL. ValueError: no UNet, or a UNet of another base."""
+def base_of_model(base_model) -> str:
+    """The base (a key of ``BASE_NAMES``) of a MODEL. ValueError: no UNet."""
     if not isinstance(base_model.diffusion_model, UNetModel):
         raise ValueError(f"model: ControlNeXt steers SD1.5, SDXL and SVD models; the connected MODEL is a "
                          f"{type(base_model).__name__}, which is not supported yet.")
     if isinstance(base_model, comfy.model_base.SVD_img2vid):
-        base = "svd"
-    elif isinstance(base_model, comfy.model_base.SDXL):
-        base = "sdxl"
-    else:
-        base = "sd15"
-    return resolve(controlnext.loaded.checkpoint.layout, controlnext.variant, base)
+        return "svd"
+    return "sdxl" if isinstance(base_model, comfy.model_base.SDXL) else "sd15"
 
 
-def _place(base_model, controlnext: ControlNeXt, name: str) -> Place:
+def family_of(base_model, controlnext: ControlNeXt) -> Family:
+    """The file's family for this MODEL. ValueError: no UNet, or a UNet of another base."""
+    return resolve(controlnext.loaded.checkpoint.layout, controlnext.variant, base_of_model(base_model))
+
+
+def place_of(base_model, controlnext: ControlNeXt, name: str) -> Place:
     """The named place of this MODEL. ValueError: it has no such place, or one of another width; says which fit."""
     places = places_of(base_model.diffusion_model)
     channels = controlnext.loaded.checkpoint.module.out_channels

@@ -5,6 +5,7 @@ import pickle
 
 import comfy.utils
 import folder_paths
+from safetensors import safe_open
 
 
 def list_files(kinds: tuple[str, ...]) -> list[str]:
@@ -43,6 +44,14 @@ def read_state_dict(path: str, name: str, input_name: str) -> dict:
         raise ValueError(f"{input_name}: {name} holds a {type(state_dict).__name__} where named weights are expected; "
                          f"choose another file.")
     return state_dict
+
+
+def read_metadata(path: str) -> dict[str, str]:
+    """What a .safetensors file that can be read says of itself; nothing for other files."""
+    if not path.endswith(".safetensors"):
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def load_state_dict(name: str, kinds: tuple[str, ...], input_name: str) -> dict:

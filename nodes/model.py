@@ -1,19 +1,22 @@
 """CONTROLNEXT: a loaded module that ComfyUI manages, shared by everything that loads the same file."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from weakref import WeakValueDictionary
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io
 
 from ..controlnext_core import checkpoint
+from ..controlnext_core.training import FAMILY_KEY
 from .feature_cache import FeatureCache, limit_from_environment
-from .files import find_file, read_state_dict
+from .files import find_file, read_metadata, read_state_dict
 
 FOLDERS = ("controlnext", "controlnet")
 ControlNeXtType = io.Custom("CONTROLNEXT")
@@ -22,13 +25,16 @@ _loaded: WeakValueDictionary = WeakValueDictionary()
 
 
 class LoadedModule:
-    """One file's module inside a ModelPatcher, with what the file says of it and what it has computed.
+    """One module inside a ModelPatcher, with what its state dict says of it and what it has computed.
 
     ``features`` are kept from run to run, ``image_parts`` (what they go on from) while a sampling runs.
+
+    Args:
+        state_dict: from a file or a training.
+        reload: (function, arguments) that give this ModelPatcher again, for when ComfyUI needs a copy of its own.
     """
 
-    def __init__(self, path: str, name: str, disable_dynamic: bool = False):
-        state_dict = read_state_dict(path, name, "controlnext_name")
+    def __init__(self, state_dict: dict, name: str, reload: tuple, disable_dynamic: bool = False):
         try:
             read = checkpoint.read(state_dict, name, operations=comfy.ops.manual_cast,
                                    device=comfy.model_management.unet_offload_device())
@@ -38,7 +44,7 @@ class LoadedModule:
         self.patcher = patcher_class(read.module, load_device=comfy.model_management.get_torch_device(),
                                      offload_device=comfy.model_management.unet_offload_device())
         read.module.load_state_dict(read.state_dict, assign=self.patcher.is_dynamic())
-        self.patcher.cached_patcher_init = (load_patcher, (path, name))
+        self.patcher.cached_patcher_init = reload
         self.checkpoint = read
         limit = limit_from_environment()
         self.features, self.image_parts = FeatureCache(limit), FeatureCache(limit // 2)
@@ -55,20 +61,30 @@ def _give_back(caches: tuple[FeatureCache, ...], patcher, unpatch_all: bool) -> 
 
 @dataclass(frozen=True)
 class ControlNeXt:
-    """What travels on a CONTROLNEXT link: the shared module and the variant that the user chose for it."""
+    """What travels on a CONTROLNEXT link: the shared module and the variant that the user chose for it.
+
+    From a training also ``unet_differences``, {diffusers name: tensor} of the UNet weights that were trained with it.
+    """
 
     loaded: LoadedModule
     variant: str
     name: str
+    unet_differences: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def patcher(self):
         return self.loaded.patcher
 
 
+def load_module(path: str, name: str, disable_dynamic: bool = False) -> LoadedModule:
+    """Read a file anew."""
+    return LoadedModule(read_state_dict(path, name, "controlnext_name"), name, (load_patcher, (path, name)),
+                        disable_dynamic)
+
+
 def load_patcher(path: str, name: str, disable_dynamic: bool = False):
     """The file's ModelPatcher alone, as ComfyUI asks for it when it needs a copy of its own."""
-    return LoadedModule(path, name, disable_dynamic).patcher
+    return load_module(path, name, disable_dynamic).patcher
 
 
 def load_controlnext(name: str, variant: str) -> ControlNeXt:
@@ -78,6 +94,19 @@ def load_controlnext(name: str, variant: str) -> ControlNeXt:
     key = (path, stat.st_mtime_ns, stat.st_size)
     loaded = _loaded.get(key)
     if loaded is None:
-        loaded = _loaded[key] = LoadedModule(path, name)
+        loaded = _loaded[key] = load_module(path, name)
     loaded.checkpoint.check_variant(variant)
+    if variant == "auto":
+        variant = loaded.checkpoint.known_family(read_metadata(path).get(FAMILY_KEY))
     return ControlNeXt(loaded, variant, name)
+
+
+def trained_controlnext(state_dict: Mapping, family: str, name: str, unet_differences: Mapping) -> ControlNeXt:
+    """A CONTROLNEXT of weights that come from no file."""
+    loaded = LoadedModule(dict(state_dict), name, (trained_patcher, (state_dict, name)))
+    return ControlNeXt(loaded, family, name, unet_differences)
+
+
+def trained_patcher(state_dict: Mapping, name: str, disable_dynamic: bool = False):
+    """The ModelPatcher of trained weights again."""
+    return LoadedModule(dict(state_dict), name, (trained_patcher, (state_dict, name)), disable_dynamic).patcher

@@ -44,7 +44,7 @@ class ControlNeXtSaveAsLoRA(io.ComfyNode):
     def execute(cls, unet_name: str, model, filename_prefix: str, rank: int) -> io.NodeOutput:
         base = BaseWeights(model)
         weights = load_unet_weights(unet_name, base)
-        mode, why = choose_mode("auto", weights, base)
+        mode, why = choose_mode("auto", unet_name, weights, base)
         progress = comfy.utils.ProgressBar(len(weights.tensors))
         lora = {}
         for key, value in weights.tensors.items():

@@ -6,8 +6,9 @@ import torch
 from comfy_api.latest import io
 
 from ..controlnext_core.families import BASE_NAMES
+from ..controlnext_core.training import MODE_KEY
 from ..controlnext_core.unet_weights import UNetWeights, compare, move_to_base, read, split_patches
-from .files import list_files, load_state_dict
+from .files import find_file, list_files, load_state_dict, read_metadata
 from .preview import show_text
 
 FOLDERS = ("controlnext", "controlnet", "diffusion_models")
@@ -46,7 +47,7 @@ class ControlNeXtUNetLoader(io.ComfyNode):
             return io.NodeOutput(model)
         base = BaseWeights(model)
         weights = load_unet_weights(unet_name, base)
-        mode, why = choose_mode(mode, weights, base)
+        mode, why = choose_mode(mode, unet_name, weights, base)
         how = "added as differences" if mode == "difference" else "put in place of the MODEL's"
         text = f"{unet_name}: {len(weights.tensors)} tensors {how} at strength {strength:g} ({why}).{remarks(weights)}"
         return io.NodeOutput(add_unet_weights(model, weights, mode, strength), ui=show_text(cls, text))
@@ -76,10 +77,13 @@ def load_unet_weights(name: str, base: BaseWeights) -> UNetWeights:
         raise ValueError(f"unet_name: {error}") from None
 
 
-def choose_mode(mode: str, weights: UNetWeights, base: BaseWeights) -> tuple[str, str]:
-    """(difference or replace, why): what the user chose, or what comparing with the base weights says."""
+def choose_mode(mode: str, name: str, weights: UNetWeights, base: BaseWeights) -> tuple[str, str]:
+    """(difference or replace, why): what the user chose, the file declares, or comparing with the base weights says."""
     if mode != "auto":
         return mode, "as chosen"
+    declared = read_metadata(find_file(name, FOLDERS, "unet_name")).get(MODE_KEY)
+    if declared in ("difference", "replace"):
+        return declared, "auto: the file says so"
     likeness = compare(weights.tensors, base)
     resemble = "resemble" if likeness.mode == "replace" else "do not resemble"
     return likeness.mode, (f"auto: they {resemble} the MODEL's own, with cosine {likeness.cosine:.2f} and "
