@@ -1,0 +1,183 @@
+"""Remakes the pictures of the help pages, web/docs/<node>/picture.jpg, by running the nodes in ComfyUI's frontend.
+
+    python scripts/pictures.py
+
+Needs Chromium on PATH. The weights are random (stand_in.py): no picture shows what a trained model draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import urllib.request
+from pathlib import Path
+
+import environment
+
+DOCS = environment.REPOSITORY / "web" / "docs"
+UNET_WEIGHTS = "stand_in_unet_sd15.safetensors"
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")
+READY = "() => !!(window.app?.graph && window.LiteGraph?.registered_node_types.ControlNeXtApply)"
+
+# A person in fractions of a height, the middle of the hips at (0, 0): the 18 points of the body in OpenPose's order.
+STANDING = [(0, -.44), (0, -.33), (-.09, -.33), (-.12, -.18), (-.13, -.04), (.09, -.33), (.12, -.18), (.13, -.04),
+            (-.06, 0), (-.06, .2), (-.06, .4), (.06, 0), (.06, .2), (.06, .4), (-.02, -.46), (.02, -.46), (-.05, -.45),
+            (.05, -.45)]
+
+
+def person(middle: tuple[float, float], height: float, *, raised: float = 0.0, width: int = 288,
+           canvas_height: int = 512) -> dict:
+    """One POSE_KEYPOINT frame with one person: `middle` of the hips and `height` in pixels, arms raised from 0 to 1."""
+    points = list(STANDING)
+    for elbow, wrist, side in ((3, 4, -1), (6, 7, 1)):
+        angle = math.pi * (0.06 + 0.8 * raised)  # of the arm, from hanging down
+        shoulder = points[elbow - 1]
+        points[elbow] = (shoulder[0] + side * .15 * math.sin(angle), shoulder[1] + .15 * math.cos(angle))
+        points[wrist] = (points[elbow][0] + side * .14 * math.sin(angle * 1.2),
+                         points[elbow][1] + .14 * math.cos(angle * 1.2))
+    face = [(.06 * math.sin(turn), -.46 - .07 * math.cos(turn)) for turn in (2 * math.pi * i / 68 for i in range(68))]
+    hands = [[points[wrist], *((points[wrist][0] + .012 * joint * math.sin(spread), points[wrist][1] + .012 * joint
+                               * math.cos(spread)) for spread in (-.8, -.4, 0, .4, .8) for joint in (1, 2, 3, 4))]
+             for wrist in (7, 4)]
+
+    def pixels(fractions: list) -> list[float]:
+        return [value for x, y in fractions for value in (middle[0] + x * height, middle[1] + y * height, 1.0)]
+    return {"canvas_width": width, "canvas_height": canvas_height, "people": [{
+        "pose_keypoints_2d": pixels(points), "face_keypoints_2d": pixels(face),
+        "hand_left_keypoints_2d": pixels(hands[0]), "hand_right_keypoints_2d": pixels(hands[1]),
+    }]}
+
+
+def draw(keypoints: list[dict], colors: str = "controlnext") -> list:
+    """The pictures that ControlNeXt Draw Pose makes."""
+    from PIL import Image
+
+    from controlnext_core.pose_draw import draw_pose
+    from controlnext_core.pose_keypoints import read_pose_keypoints
+    return [Image.fromarray(draw_pose(frame, frame.width, frame.height, colors))
+            for frame in read_pose_keypoints(keypoints, "keypoints")]
+
+
+def aligned(frames: list[dict], reference: dict) -> list[dict]:
+    """What ControlNeXt Align Pose makes of them."""
+    from controlnext_core.pose_align import align_pose
+    from controlnext_core.pose_keypoints import read_pose_keypoints, write_pose_keypoints
+    return write_pose_keypoints(align_pose(read_pose_keypoints(frames, "keypoints"),
+                                           read_pose_keypoints([reference], "reference")[0], prepend_reference=False))
+
+
+def save_row(pictures: list, captions: list[str], path: Path) -> None:
+    """Pictures of one height from left to right with a line of text under each."""
+    from PIL import Image, ImageDraw, ImageFont
+    gap, line = 8, 28
+    row = Image.new("RGB", (sum(p.width + gap for p in pictures) - gap, pictures[0].height + line), (32, 32, 36))
+    pen, left = ImageDraw.Draw(row), 0
+    for picture, caption in zip(pictures, captions, strict=True):
+        row.paste(picture, (left, 0))
+        pen.text((left + 6, picture.height + 6), caption, font=ImageFont.load_default(15), fill=(220, 220, 220))
+        left += picture.width + gap
+    row.save(path, quality=88)
+
+
+def make_unet_weights(checkpoint: Path, path: Path) -> None:
+    """Random differences for the checkpoint, under the names that the training of the SDXL releases chooses."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    prefix = "model.diffusion_model."
+    generator = torch.Generator().manual_seed(0)
+    with safe_open(checkpoint, "pt") as file:
+        save_file({key.removeprefix(prefix): torch.randn(file.get_slice(key).get_shape(), generator=generator) * 1e-3
+                   for key in file.keys() if key.startswith(prefix) and "attn2.to_out" in key}, path)
+
+
+def open_page(browser, url: str):
+    """ComfyUI in a window, in English."""
+    import comfy_client
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False,
+                "Comfy.Minimap.Visible": False}
+    post = urllib.request.Request(f"{url}/settings", json.dumps(settings).encode(),
+                                  {"Content-Type": "application/json"})
+    comfy_client.open_url(post).close()
+    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page.goto(url)
+    page.wait_for_function(READY, timeout=60_000)
+    page.wait_for_timeout(3000)
+    return page
+
+
+def photograph_nodes(page, nodes: dict[str, str]) -> None:
+    """{node of the graph on the canvas, by its id: node type}: each as it looks, into its help page's picture."""
+    for node, kind in nodes.items():
+        rectangle = page.evaluate("""id => {
+            const node = app.graph.getNodeById(id)
+            if (!node.imgs) node.setSize([400, node.size[1] + 40])  // what it says in text
+            const [left, top, width, height] = [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]
+            app.canvas.deselectAll()
+            app.canvas.ds.scale = Math.min(1.6, 800 / height)
+            app.canvas.ds.offset = [200 / app.canvas.ds.scale - left, 120 / app.canvas.ds.scale - top]
+            for (const other of app.graph.nodes) if (other != node) other.pos = [left + 3000, top]
+            app.canvas.setDirty(true, true)
+            const scale = app.canvas.ds.scale
+            return {x: 190, y: 110, width: width * scale + 20, height: height * scale + 20}
+        }""", node)
+        page.wait_for_timeout(800)
+        page.screenshot(path=DOCS / kind / "picture.jpg", type="jpeg", quality=85, clip=rectangle)
+
+
+def run(comfyui: Path) -> None:
+    import comfy_client
+    import demo
+    import stand_in
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+    base = environment.base_directory(environment.cache_folder() / "base")
+    stand_in.provide(comfyui, base / "models")
+    make_unet_weights(base / "models" / "checkpoints" / stand_in.CHECKPOINT,
+                      base / "models" / "controlnext" / UNET_WEIGHTS)
+    photo = demo.put_photo(None, (320, 320), base / "input")
+    graph = demo.main_job(stand_in.CHECKPOINT, stand_in.CONTROLNEXT, photo.name, size=(64, 64), steps=1,
+                          unet_weights=UNET_WEIGHTS)
+    graph["apply"]["inputs"] |= {"strength": 0.9, "start_percent": 0.0, "end_percent": 0.7}
+    graph["lora"] = {"class_type": "ControlNeXtSaveAsLoRA", "inputs": {
+        "unet_name": UNET_WEIGHTS, "model": ["checkpoint", 0], "filename_prefix": "loras/ControlNeXt", "rank": 0}}
+    device = ("--cpu",) if demo.needs_cpu_option() else ()
+    with comfy_client.running_server(comfyui, base, options=device) as url, sync_playwright() as playwright:
+        chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        page = open_page(playwright.chromium.launch(executable_path=chromium, args=list(FLAGS)), url)
+        page.evaluate("graph => app.loadApiJson(graph, 'pictures')", graph)
+        page.wait_for_timeout(1000)
+        page.get_by_test_id("queue-button").click()
+        page.wait_for_function("() => app.nodeOutputs.save?.images && app.nodeOutputs.lora?.text", timeout=120_000)
+        page.wait_for_timeout(3000)  # the pictures on the nodes, and the message that the run is over
+        edges = Image.open(demo.image_path(base, page.evaluate("() => app.nodeOutputs.show_edges"))).convert("RGB")
+        photograph_nodes(page, {"controlnext": "ControlNeXtLoader", "apply": "ControlNeXtApply",
+                                "unet_weights": "ControlNeXtUNetLoader", "lora": "ControlNeXtSaveAsLoRA"})
+    save_row([Image.open(photo), edges], ["image", "ControlNeXt Canny"], DOCS / "ControlNeXtCanny" / "picture.jpg")
+    reference = person((144, 300), 370)
+    dance = [person((110, 350), 240, raised=raised) for raised in (0, .5)]
+    save_row(draw([reference, dance[1], aligned(dance, reference)[1]]), ["reference", "keypoints: a frame", "aligned"],
+             DOCS / "ControlNeXtAlignPose" / "picture.jpg")
+    raised = [person((144, 300), 370, raised=1)]
+    save_row([*draw(raised), *draw(raised, "openpose")], ["colors: controlnext", "colors: openpose"],
+             DOCS / "ControlNeXtDrawPose" / "picture.jpg")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Remakes the pictures of the help pages.")
+    parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)  # set in the Python that runs ComfyUI
+    options = parser.parse_args()
+    if options.comfyui:
+        sys.path.append(str(environment.REPOSITORY))
+        run(options.comfyui)
+    else:
+        python, comfyui = environment.set_up()
+        environment.become(python, [__file__, "--comfyui", str(comfyui)])
+
+
+if __name__ == "__main__":
+    main()
