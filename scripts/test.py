@@ -17,6 +17,7 @@ import time
 import environment
 
 OLDER_VERSIONS = ("0.24.0", "0.16.3")
+WORKERS = 2  # each with a real ComfyUI and models of up to 5 GB
 
 
 def main() -> int:
@@ -24,7 +25,11 @@ def main() -> int:
     pytest = [python, "-m", "pytest"]
     checks = [(f"pytest on {comfyui}", comfyui, [*pytest, *sys.argv[1:]])]
     if not sys.argv[1:]:
-        checks.insert(0, ("ruff", comfyui, [python, "-m", "ruff", "check", "."]))
+        checks = [("ruff", comfyui, [python, "-m", "ruff", "check", "."])]
+        # Whole files go to a worker, so that what a file makes once is made once.
+        pytest += ["-n", str(WORKERS), "--dist", "loadfile"]
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+        checks.append((f"pytest on {comfyui}", comfyui, pytest))
         if not os.environ.get("COMFYUI_PATH"):
             for version in OLDER_VERSIONS:
                 tree = environment.older_comfyui(version, python)
