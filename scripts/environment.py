@@ -31,7 +31,8 @@ TORCH_PACKAGES = ("torch", "torchvision", "torchaudio")
 # Without a GPU the versions are pinned, because the newest torch may come with gigabytes of GPU libraries.
 CPU_PINS = ("torch==2.13.0", "torchvision==0.28.0")
 CPU_TORCHAUDIO = "torchaudio==2.11.0"
-TOOLS = ("pytest", "pytest-xdist", "ruff", "scikit-image", "playwright")  # which drives a Chromium that is there already
+# Playwright drives a Chromium that is there already.
+TOOLS = ("pytest", "pytest-xdist", "ruff", "scikit-image", "playwright")
 # Operators that torchvision's Python part refers to, for when its compiled part cannot load beside a CPU torch.
 TORCHVISION_SCHEMAS = '''import torch as _torch
 _schemas = _torch.library.Library("torchvision", "FRAGMENT")
