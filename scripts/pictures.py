@@ -1,13 +1,13 @@
-"""Remakes the pictures of the help pages, web/docs/<node>/picture.jpg, by running the nodes in ComfyUI's frontend.
+"""Remakes the pictures of the help pages, web/docs/<node>/picture.jpg, and of the README, pictures/, by running nodes.
 
-    python scripts/pictures.py
+    python scripts/pictures.py [the options of demo.py]
 
-Needs Chromium on PATH. The weights are random (stand_in.py): no picture shows what a trained model draws.
+Needs Chromium on PATH. Without --checkpoint and --controlnext the weights are random (stand_in.py), and the README's
+graph ends in a picture of noise.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -15,9 +15,18 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import demo
 import environment
 
 DOCS = environment.REPOSITORY / "web" / "docs"
+README = environment.REPOSITORY / "pictures"
+LAYOUT = {  # of the main job: left, top, width, height
+    "checkpoint": (0, 0, 330, 98), "unet_weights": (0, 150, 330, 200), "controlnext": (0, 410, 330, 160),
+    "photo": (380, 0, 330, 380), "edges": (380, 430, 330, 130), "apply": (760, 0, 330, 480),
+    "show_edges": (760, 530, 330, 260),
+    "positive": (1140, 0, 330, 130), "negative": (1140, 180, 330, 130), "latent": (1140, 360, 330, 106),
+    "sample": (1520, 0, 300, 262), "decode": (1520, 310, 300, 46), "save": (1520, 405, 300, 385),
+}
 UNET_WEIGHTS = "stand_in_unet_sd15.safetensors"
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync")
@@ -99,7 +108,7 @@ def open_page(browser, url: str):
     """ComfyUI in a window, in English."""
     import comfy_client
     settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False,
-                "Comfy.Minimap.Visible": False}
+                "Comfy.Minimap.Visible": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0}
     post = urllib.request.Request(f"{url}/settings", json.dumps(settings).encode(),
                                   {"Content-Type": "application/json"})
     comfy_client.open_url(post).close()
@@ -108,6 +117,35 @@ def open_page(browser, url: str):
     page.wait_for_function(READY, timeout=60_000)
     page.wait_for_timeout(3000)
     return page
+
+
+def photograph_graph(page, path: Path) -> None:
+    """The main job on the canvas, laid out in one view."""
+    page.evaluate("""layout => {
+        for (const [id, [left, top, width, height]] of Object.entries(layout)) {
+            const node = app.graph.getNodeById(id)
+            node.pos = [left, top]
+            node.setSize([width, height])
+        }
+        app.graph.remove(app.graph.getNodeById('lora'))
+        app.canvas.deselectAll()
+        app.canvas.ds.scale = 0.8
+        app.canvas.ds.offset = [100, 150]
+        app.canvas.setDirty(true, true)
+    }""", LAYOUT)
+    page.wait_for_timeout(1500)
+    page.screenshot(path=path, type="jpeg", quality=85, clip={"x": 60, "y": 84, "width": 1500, "height": 690})
+
+
+def photograph_error(page, graph: dict, path: Path) -> None:
+    """What the page says when UNet weights are chosen where a ControlNeXt model belongs."""
+    graph["controlnext"]["inputs"]["controlnext_name"] = UNET_WEIGHTS
+    page.evaluate("graph => app.loadApiJson(graph, 'wrong file')", graph)
+    page.wait_for_timeout(1000)
+    page.get_by_test_id("queue-button").click()
+    page.get_by_role("button", name="View details").first.click(timeout=60_000)
+    page.wait_for_timeout(1500)
+    page.screenshot(path=path, type="jpeg", quality=88, clip={"x": 1300, "y": 190, "width": 300, "height": 530})
 
 
 def photograph_nodes(page, nodes: dict[str, str]) -> None:
@@ -129,34 +167,42 @@ def photograph_nodes(page, nodes: dict[str, str]) -> None:
         page.screenshot(path=DOCS / kind / "picture.jpg", type="jpeg", quality=85, clip=rectangle)
 
 
-def run(comfyui: Path) -> None:
+def run(options) -> None:
     import comfy_client
-    import demo
     import stand_in
     from PIL import Image
     from playwright.sync_api import sync_playwright
+    README.mkdir(exist_ok=True)
     base = environment.base_directory(environment.cache_folder() / "base")
-    stand_in.provide(comfyui, base / "models")
-    make_unet_weights(base / "models" / "checkpoints" / stand_in.CHECKPOINT,
-                      base / "models" / "controlnext" / UNET_WEIGHTS)
-    photo = demo.put_photo(None, (320, 320), base / "input")
-    graph = demo.main_job(stand_in.CHECKPOINT, stand_in.CONTROLNEXT, photo.name, size=(64, 64), steps=1,
-                          unet_weights=UNET_WEIGHTS)
-    graph["apply"]["inputs"] |= {"strength": 0.9, "start_percent": 0.0, "end_percent": 0.7}
+    models = base / "models"
+    stand_in.provide(options.comfyui, models)
+    make_unet_weights(models / "checkpoints" / stand_in.CHECKPOINT, models / "controlnext" / UNET_WEIGHTS)
+    checkpoint, controlnext, unet_weights = stand_in.CHECKPOINT, stand_in.CONTROLNEXT, UNET_WEIGHTS
+    if options.checkpoint and options.controlnext:
+        checkpoint = demo.put_weights(options.checkpoint, models / "checkpoints")
+        controlnext = demo.put_weights(options.controlnext, models / "controlnext")
+        unet_weights = options.unet_weights and demo.put_weights(options.unet_weights, models / "controlnext")
+    photo = demo.put_photo(options.image, options.size, base / "input")
+    graph = demo.main_job(checkpoint, controlnext, photo.name, size=options.size, steps=options.steps or 4,
+                          prompt=options.prompt, negative=options.negative, cfg=options.cfg, seed=options.seed,
+                          strength=options.strength, unet_weights=unet_weights)
+    graph["apply"]["inputs"]["end_percent"] = 0.8
     graph["lora"] = {"class_type": "ControlNeXtSaveAsLoRA", "inputs": {
         "unet_name": UNET_WEIGHTS, "model": ["checkpoint", 0], "filename_prefix": "loras/ControlNeXt", "rank": 0}}
     device = ("--cpu",) if demo.needs_cpu_option() else ()
-    with comfy_client.running_server(comfyui, base, options=device) as url, sync_playwright() as playwright:
+    with comfy_client.running_server(options.comfyui, base, options=device) as url, sync_playwright() as playwright:
         chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
         page = open_page(playwright.chromium.launch(executable_path=chromium, args=list(FLAGS)), url)
         page.evaluate("graph => app.loadApiJson(graph, 'pictures')", graph)
         page.wait_for_timeout(1000)
         page.get_by_test_id("queue-button").click()
-        page.wait_for_function("() => app.nodeOutputs.save?.images && app.nodeOutputs.lora?.text", timeout=120_000)
+        page.wait_for_function("() => app.nodeOutputs.save?.images && app.nodeOutputs.lora?.text", timeout=600_000)
         page.wait_for_timeout(3000)  # the pictures on the nodes, and the message that the run is over
         edges = Image.open(demo.image_path(base, page.evaluate("() => app.nodeOutputs.show_edges"))).convert("RGB")
         photograph_nodes(page, {"controlnext": "ControlNeXtLoader", "apply": "ControlNeXtApply",
                                 "unet_weights": "ControlNeXtUNetLoader", "lora": "ControlNeXtSaveAsLoRA"})
+        photograph_graph(page, README / "graph.jpg")
+        photograph_error(page, graph, README / "error.jpg")
     save_row([Image.open(photo), edges], ["image", "ControlNeXt Canny"], DOCS / "ControlNeXtCanny" / "picture.jpg")
     reference = person((144, 300), 370)
     dance = [person((110, 350), 240, raised=raised) for raised in (0, .5)]
@@ -168,15 +214,13 @@ def run(comfyui: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Remakes the pictures of the help pages.")
-    parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)  # set in the Python that runs ComfyUI
-    options = parser.parse_args()
+    options = demo.parse_arguments()
     if options.comfyui:
         sys.path.append(str(environment.REPOSITORY))
-        run(options.comfyui)
+        run(options)
     else:
         python, comfyui = environment.set_up()
-        environment.become(python, [__file__, "--comfyui", str(comfyui)])
+        environment.become(python, [__file__, "--comfyui", str(comfyui), *sys.argv[1:]])
 
 
 if __name__ == "__main__":
