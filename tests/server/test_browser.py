@@ -47,11 +47,13 @@ def open_page(url):
 
         @functools.cache
         def open_page(locale: str):
-            settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": locale, "Comfy.VueNodes.Enabled": False}
+            settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": locale, "Comfy.VueNodes.Enabled": False,
+                        "LiteGraph.Canvas.MinFontSizeForLOD": 0}  # texts at any zoom
             post = urllib.request.Request(f"{url}/settings", json.dumps(settings).encode(),
                                           {"Content-Type": "application/json"})
             comfy_client.open_url(post).close()
             page = browser.new_page(viewport={"width": 1600, "height": 1000})
+            page.set_default_timeout(60_000)  # of each wait: other tests may keep the machine busy
             page.goto(url)
             wait_until_ready(page)
             return page
@@ -73,9 +75,9 @@ def main_job(base) -> dict:
 
 
 def wait_until_ready(page) -> None:
-    page.wait_for_function(READY, timeout=60_000)
-    page.wait_for_function("() => app.extensionManager.workflow.activeWorkflow && app.graph.nodes.length",
-                           timeout=20_000)  # its last or default workflow is open
+    page.wait_for_function(READY)
+    # its last or default workflow is open
+    page.wait_for_function("() => app.extensionManager.workflow.activeWorkflow && app.graph.nodes.length")
     page.wait_for_timeout(1000)
 
 
@@ -89,16 +91,16 @@ def search(page, words: str):
         with contextlib.suppress(playwright.TimeoutError):
             box.wait_for(timeout=3000)
             break
-    box.fill(words, timeout=10_000)
+    box.fill(words)
     return box
 
 
 def add_first(page, box, title: str) -> None:
     """Choose the first node of this title in the search and put it down."""
-    page.get_by_role("option").filter(has_text=title).first.click(timeout=10_000)
-    box.wait_for(state="hidden", timeout=10_000)
+    page.get_by_role("option").filter(has_text=title).first.click()
+    box.wait_for(state="hidden")
     page.mouse.click(1000, 600)
-    page.wait_for_function("() => app.graph.nodes.length == 1", timeout=10_000)
+    page.wait_for_function("() => app.graph.nodes.length == 1")
 
 
 def show_node(page, node: str) -> None:
@@ -123,7 +125,7 @@ def ran(page, node: str) -> dict:
     """What the nodes show after Run was pressed and `node` showed a picture."""
     page.evaluate("() => { app.nodeOutputs = {} }")
     page.get_by_test_id("queue-button").click()
-    page.wait_for_function("node => app.nodeOutputs[node]?.images", arg=node, timeout=60_000)
+    page.wait_for_function("node => app.nodeOutputs[node]?.images", arg=node)
     return page.evaluate("() => app.nodeOutputs")
 
 
@@ -147,12 +149,12 @@ def test_an_example_opens_whole_from_the_template_browser_and_is_saved_as_it_was
     """Same nodes, links and values as in the file, none unknown; its thumbnail is there."""
     saved = json.loads(file.read_text(encoding="utf-8"))
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    page.get_by_test_id("template-workflows-content").wait_for(timeout=20_000)
-    page.get_by_text("ComfyUI-ControlNeXt").first.click(timeout=20_000)
-    page.get_by_test_id(f"template-workflow-{file.stem}").click(timeout=20_000)
+    page.get_by_test_id("template-workflows-content").wait_for()
+    page.get_by_text("ComfyUI-ControlNeXt").first.click()
+    page.get_by_test_id(f"template-workflow-{file.stem}").click()
     page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow?.filename.startsWith(name)",
-                           arg=file.stem, timeout=20_000)
-    page.wait_for_function("count => app.graph.nodes.length == count", arg=len(saved["nodes"]), timeout=20_000)
+                           arg=file.stem)
+    page.wait_for_function("count => app.graph.nodes.length == count", arg=len(saved["nodes"]))
     opened = page.evaluate(GRAPH)
     known = set(page.evaluate("() => Object.keys(LiteGraph.registered_node_types)"))
     assert {node["type"] for node in saved["nodes"]} <= known
@@ -240,7 +242,7 @@ def test_a_graph_built_by_dragging_links_runs_and_shows_picture_chart_and_what_w
     assert outputs[str(ids["controlnext"])]["text"][0].startswith("sd15 for SD1.5, ")
     for name, width in (("save", 128), ("apply", 384)):
         page.wait_for_function("([id, width]) => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth == width",
-                               arg=[ids[name], width], timeout=10_000)
+                               arg=[ids[name], width])
     values = page.evaluate("id => app.graph.getNodeById(id).widgets.map(widget => `${widget.value}`)",
                            ids["controlnext"])
     assert any("million parameters" in value for value in values)
@@ -252,9 +254,9 @@ def test_a_saved_workflow_is_the_same_after_reloading_the_page(page, url, main_j
     build(page, main_job)
     before = page.evaluate(GRAPH)
     page.keyboard.press("Control+s")
-    page.get_by_role("dialog").get_by_role("textbox").fill("kept", timeout=10_000)
+    page.get_by_role("dialog").get_by_role("textbox").fill("kept")
     page.keyboard.press("Enter")
-    page.wait_for_function("() => app.extensionManager.workflow.activeWorkflow?.filename == 'kept'", timeout=10_000)
+    page.wait_for_function("() => app.extensionManager.workflow.activeWorkflow?.filename == 'kept'")
     page.wait_for_timeout(500)
     page.reload()
     wait_until_ready(page)
@@ -281,7 +283,7 @@ def test_a_saved_picture_dropped_on_the_canvas_brings_its_workflow_back(page, ma
             app.canvas.canvas.dispatchEvent(new DragEvent(kind, {dataTransfer, bubbles: true, cancelable: true,
                                                                  clientX: 1000, clientY: 600}))
     }""", image)
-    page.wait_for_function("count => app.graph.nodes.length == count", arg=len(before["nodes"]), timeout=20_000)
+    page.wait_for_function("count => app.graph.nodes.length == count", arg=len(before["nodes"]))
     after = page.evaluate(GRAPH)
     assert nodes_by_id(after) == nodes_by_id(before)
     assert sorted(after["links"]) == sorted(before["links"])
@@ -293,10 +295,8 @@ def test_a_wrong_file_is_our_sentence_in_the_page(page, main_job, full_controlne
     page.evaluate("graph => app.loadApiJson(graph, 'wrong file')", main_job)
     page.wait_for_timeout(1000)
     page.get_by_test_id("queue-button").click()
-    details = page.get_by_role("button", name="View details")
-    details.first.click(timeout=60_000)
-    page.get_by_text(f"{full_controlnet.name} is not a ControlNeXt model: it is a full ControlNet").first.wait_for(
-        timeout=10_000)
+    page.get_by_role("button", name="View details").first.click()
+    page.get_by_text(f"{full_controlnet.name} is not a ControlNeXt model: it is a full ControlNet").first.wait_for()
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -306,9 +306,9 @@ def test_the_help_panel_shows_every_nodes_page_and_picture_in_the_users_language
     locale = environment.REPOSITORY / "locales" / language / "nodeDefs.json"
     for name, texts in json.loads(locale.read_text(encoding="utf-8")).items():
         show_node(page, name)
-        page.get_by_test_id("info-button").click(timeout=10_000)
-        page.get_by_role("heading", name=texts["display_name"], exact=True).first.wait_for(timeout=10_000)
+        page.get_by_test_id("info-button").click()
+        page.get_by_role("heading", name=texts["display_name"], exact=True).first.wait_for()
         page.wait_for_function("""name => [...document.images].some(
-            image => image.src.includes(`/docs/${name}/`) && image.naturalWidth > 0)""", arg=name, timeout=10_000)
+            image => image.src.includes(`/docs/${name}/`) && image.naturalWidth > 0)""", arg=name)
         assert page.evaluate("() => app.graph.nodes[0].title") == texts["display_name"]
         page.screenshot(path=PICTURES / f"help_{language}_{name}.png")
