@@ -1,12 +1,14 @@
 """A real ComfyUI server as a process, with this pack and the demo's random weights."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "scripts"))
+sys.path.append(str(Path(__file__).parent))  # the helpers beside this file
 import comfy_client  # noqa: E402
 import environment  # noqa: E402
 import stand_in  # noqa: E402
@@ -21,8 +23,9 @@ def comfyui() -> Path:
 
 @pytest.fixture(scope="session")
 def base(comfyui, tmp_path_factory) -> Path:
-    """A ComfyUI base directory with the weights."""
+    """A ComfyUI base directory with the weights, and a node that gives poses without the models for it."""
     base = environment.base_directory(tmp_path_factory.mktemp("server"))
+    shutil.copy(Path(__file__).parent / "pose_source.py", base / "custom_nodes")
     stand_in.provide(comfyui, base / "models")
     return base
 
