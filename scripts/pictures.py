@@ -1,4 +1,4 @@
-"""Remakes the pictures of the help pages, web/docs/<node>/picture.jpg, and of the README, pictures/, by running nodes.
+"""Remakes the pictures of the help pages (web/docs/<node>/picture.jpg) and the README (screenshots/) by running nodes.
 
     python scripts/pictures.py [the options of demo.py]
 
@@ -19,7 +19,7 @@ import demo
 import environment
 
 DOCS = environment.REPOSITORY / "web" / "docs"
-README = environment.REPOSITORY / "pictures"
+README = environment.REPOSITORY / "screenshots"
 LAYOUT = {  # of the main job: left, top, width, height
     "checkpoint": (0, 0, 330, 98), "unet_weights": (0, 150, 330, 200), "controlnext": (0, 410, 330, 160),
     "photo": (380, 0, 330, 380), "edges": (380, 430, 330, 130), "apply": (760, 0, 330, 480),
