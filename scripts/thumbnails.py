@@ -1,0 +1,200 @@
+"""Remakes the thumbnails of the example workflows by running them on small models of 64x64 drawings (demo_model).
+
+    python scripts/thumbnails.py --checkpoint FILE --canny FILE --canny-unet FILE --mask FILE --mask-unet FILE
+
+Each workflow is opened in ComfyUI's frontend (Chromium on PATH) and runs as it stands in the file, but for this: the
+files are the small models', the picture is a drawing with its own size and prompt, and what needs models that cannot be
+had here is left out (a LoRA) or replaced by the drawing's silhouette (background removal, depth). There is no small
+model for poses: those workflows show poses and no result. SDXL Depth keeps the picture of its graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import demo
+import environment
+import pictures
+
+EXAMPLES = environment.REPOSITORY / "example_workflows"
+SIDE = 512  # of a thumbnail
+DRAWINGS = {  # workflow: the drawing whose edges or silhouette control it; no training saw these
+    "SDXL Canny": "camera", "Control and LoRA": "flamingo", "Inpaint with Control": "cactus", "Compare": "koala",
+    "SD1.5 Mask": "fish", "Two Controls": "telescope",
+}
+CUT_OUT = {"Inpaint with Control": (32, 0, 64, 64)}  # the part that is repainted; elsewhere the paper is cut out
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Remakes the thumbnails of the example workflows.")
+    for name in ("checkpoint", "canny", "mask"):
+        parser.add_argument(f"--{name}", type=demo.existing_file, required=True, metavar="FILE")
+    for name in ("canny-unet", "mask-unet"):
+        parser.add_argument(f"--{name}", type=demo.existing_file, metavar="FILE")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)  # set in the Python that runs ComfyUI
+    return parser.parse_args()
+
+
+def put_drawing(name: str, hole: tuple[int, int, int, int] | None, folder: Path) -> str:
+    """Save the drawing of this name with an alpha channel: 0 in `hole`, or outside the drawn region."""
+    import numpy as np
+    from PIL import Image
+
+    from demo_model.agreement import drawn_region
+    from demo_model.world import load_world
+    world = load_world(environment.cache_folder())
+    drawing = world.drawings[world.captions.index(name)]
+    alpha = np.full(drawing.shape[:2], 255, np.uint8)
+    if hole:
+        left, top, right, bottom = hole
+        alpha[top:bottom, left:right] = 0
+    else:
+        alpha[~drawn_region(drawing)] = 0
+    path = folder / f"{name}.png"
+    Image.fromarray(np.dstack([drawing, alpha])).save(path)
+    return path.name
+
+
+def skip(prompt: dict, node: str, *inputs: str) -> None:
+    """Take a node out of an API graph; its outputs become what comes into these inputs, in turn."""
+    sources = [prompt[node]["inputs"][name] for name in inputs]
+    del prompt[node]
+    for other in prompt.values():
+        for name, value in other["inputs"].items():
+            if isinstance(value, list) and value[0] == node:
+                other["inputs"][name] = sources[value[1]]
+
+
+def on_small_models(prompt: dict, options: argparse.Namespace, files: dict, drawing: str, text: str) -> dict:
+    """The API graph of a workflow on the small models; `files` are their names in ComfyUI's lists."""
+    photo = next(node for node, values in prompt.items() if values["class_type"] == "LoadImage")
+    # LoadImage's mask is where a picture is transparent
+    prompt["figure_mask"] = {"class_type": "InvertMask", "inputs": {"mask": [photo, 1]}}
+    prompt["figure"] = {"class_type": "MaskToImage", "inputs": {"mask": ["figure_mask", 0]}}
+    for node, values in list(prompt.items()):
+        kind, inputs = values["class_type"], values["inputs"]
+        if kind == "LoadImage":
+            inputs["image"] = drawing
+        elif kind == "CheckpointLoaderSimple":
+            inputs["ckpt_name"] = files["checkpoint"]
+        elif kind == "ControlNeXtLoader":
+            inputs["controlnext_name"] = files["canny" if "canny" in inputs["controlnext_name"] else "mask"]
+        elif kind == "ControlNeXtUNetLoader":
+            inputs["unet_name"] = files["canny-unet" if "canny" in inputs["unet_name"] else "mask-unet"]
+            if not inputs["unet_name"]:
+                skip(prompt, node, "model")
+        elif kind == "LoraLoader":
+            skip(prompt, node, "model", "clip")
+        elif kind == "ImageScaleToTotalPixels":
+            skip(prompt, node, "image")
+        elif kind == "KSampler":
+            inputs |= {"steps": options.steps, "cfg": options.cfg, "seed": options.seed}
+        elif kind == "CLIPTextEncode":
+            inputs["text"] = "" if "worst quality" in inputs["text"] else text
+        elif kind in ("RemoveBackground", "DA3Render"):
+            values["class_type"] = "InvertMask" if kind == "RemoveBackground" else "MaskToImage"
+            values["inputs"] = {"mask": [photo, 1] if kind == "RemoveBackground" else ["figure_mask", 0]}
+        elif kind in ("LoadBackgroundRemovalModel", "LoadDA3Model", "DA3Inference"):
+            del prompt[node]
+    return prompt
+
+
+def shown(outputs: dict, prompt: dict, base: Path, kind: str, key: str = "images") -> list:
+    """The pictures that the nodes of a kind showed."""
+    from PIL import Image
+    return [Image.open(demo.image_path(base, {"images": outputs[node][key]})).convert("RGB")
+            for node, values in prompt.items() if values["class_type"] == kind]
+
+
+def compose(result, controls: list):
+    """The result in full, its control images small in the lower left corner."""
+    from PIL import Image
+    picture = result.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    for index, control in enumerate(controls):
+        inset = control.resize((SIDE // 4, SIDE // 4), Image.Resampling.NEAREST)
+        picture.paste(inset, (index * (SIDE // 4 + 8), SIDE - SIDE // 4))
+    return picture
+
+
+def halves(left, right):
+    """Two pictures as under a slider in the middle."""
+    from PIL import Image
+    picture = left.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    picture.paste(right.resize((SIDE, SIDE), Image.Resampling.BICUBIC).crop((SIDE // 2, 0, SIDE, SIDE)), (SIDE // 2, 0))
+    picture.paste((255, 255, 255), (SIDE // 2 - 1, 0, SIDE // 2 + 1, SIDE))
+    return picture
+
+
+def poses(columns: int, rows: int):
+    """A person who raises the arms, frame by frame in a grid, in OpenPose's look, whose lines show when small."""
+    from PIL import Image
+    picture, count = Image.new("RGB", (SIDE, SIDE)), columns * rows
+    width, height = SIDE // columns, SIDE // rows
+    size = min(height * .76, width * 1.4)
+    frames = [pictures.person((width / 2, height * .58), size, raised=index / max(count - 1, 1), width=width,
+                              canvas_height=height) for index in range(count)]
+    for index, frame in enumerate(pictures.draw(frames, "openpose")):
+        picture.paste(frame, (index % columns * width, index // columns * height))
+    return picture
+
+
+def prompts(url: str) -> dict[str, dict]:
+    """{workflow: its API graph, as the frontend makes it of the file}."""
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        page = pictures.open_page(playwright.chromium.launch(executable_path=chromium, args=list(pictures.FLAGS)), url)
+        graphs = {}
+        for workflow in DRAWINGS:
+            graph = json.loads((EXAMPLES / f"{workflow}.json").read_text(encoding="utf-8"))
+            page.evaluate("async graph => app.loadGraphData(graph)", graph)
+            graphs[workflow] = page.evaluate("async () => (await app.graphToPrompt()).output")
+        return graphs
+
+
+def run(options: argparse.Namespace) -> None:
+    import comfy_client
+    base = environment.base_directory(environment.cache_folder() / "base")
+    models = base / "models"
+    files = {"checkpoint": demo.put_weights(options.checkpoint, models / "checkpoints")}
+    for name in ("canny", "canny-unet", "mask", "mask-unet"):
+        file = getattr(options, name.replace("-", "_"))
+        files[name] = file and demo.put_weights(file, models / "controlnext")
+    device = ("--cpu",) if demo.needs_cpu_option() else ()
+    with comfy_client.running_server(options.comfyui, base, options=device) as url:
+        for workflow, prompt in prompts(url).items():
+            drawing = put_drawing(DRAWINGS[workflow], CUT_OUT.get(workflow), base / "input")
+            prompt = on_small_models(prompt, options, files, drawing, DRAWINGS[workflow])
+            outputs = comfy_client.run_graph(url, prompt)
+            if workflow == "Compare":
+                (off,), (on,) = (shown(outputs, prompt, base, "ImageCompare", key) for key in ("a_images", "b_images"))
+                result = halves(off, on)
+            else:
+                (result,) = shown(outputs, prompt, base, "SaveImage")
+            picture = compose(result, shown(outputs, prompt, base, "PreviewImage"))
+            picture.save(EXAMPLES / f"{workflow}.jpg", quality=88)
+            print(workflow, flush=True)
+    poses(1, 1).save(EXAMPLES / "SD1.5 Pose.jpg", quality=88)
+    poses(3, 1).save(EXAMPLES / "SVD Pose Video.jpg", quality=88)
+    poses(3, 2).save(EXAMPLES / "SVD Long Pose Video.jpg", quality=88)
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.comfyui:
+        sys.path.append(str(environment.REPOSITORY))
+        run(options)
+    else:
+        python, comfyui = environment.set_up()
+        environment.become(python, [__file__, "--comfyui", str(comfyui), *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
