@@ -2,11 +2,14 @@
 
 import gc
 
+import comfy.model_management
 import pytest
 import torch
 from models import golden_unet, unet_model
 from safetensors.torch import save_file
 from sampling import cond, one_forward
+
+from controlnext_core.unet_keys import diffusers_to_ldm
 
 BASES = {"sd15": ("sd15", "sd15_mid"), "sdxl": ("sdxl",), "svd": ("svd", "svd_padded", "svd_mid")}
 BOUND = {"sd15": 5e-5, "sdxl": 5e-5, "svd": 1e-4}
@@ -21,6 +24,13 @@ def base(request):
 def unet(base, goldens):
     yield golden_unet(goldens, base)
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def unpatched():
+    """The UNet's weights are its own again when a test begins."""
+    yield
+    comfy.model_management.unload_all_models()
 
 
 def forward_inputs(goldens, base, model, case):
@@ -66,6 +76,54 @@ def test_unet_equals_reference(run, goldens, models_folder, base, unet, output, 
             difference = goldens.difference("unet.safetensors", case["outputs"][output], result)
             print(f"{case['name']} {output}: {difference:.2e} of the output's std")
             assert difference <= BOUND[base], f"{case['name']} {output}"
+
+
+def unet_weights_loaded(run, models_folder, model, tensors):
+    """The MODEL behind Load ControlNeXt UNet Weights."""
+    save_file(tensors, models_folder / "controlnext" / "golden_unet.safetensors")
+    return run("ControlNeXtUNetLoader", model=model, unet_name="golden_unet.safetensors", strength=1.0, mode="auto")
+
+
+def test_unet_with_a_file_of_differences_equals_reference(run, goldens, models_folder, base, unet):
+    variants = [variant for variant in BASES[base] if "delta" in goldens.unet[variant]]
+    if not variants:
+        pytest.skip("these goldens have no case with differences")
+    for variant in variants:
+        delta = goldens.unet[variant]["delta"]
+        filled = goldens.weights.fill_(delta["shapes"], delta["weights_seed"])
+        without = unet_weights_loaded(run, models_folder, unet, {
+            key: torch.from_numpy(delta["factor"] * value) for key, value in filled.items()})
+        controls = {"off": without, "on": controlled(run, goldens, models_folder, without, variant, delta["case"])}
+        for output, model in controls.items():
+            result = one_forward(model, *forward_inputs(goldens, base, model, delta["case"]))
+            result = result[None] if base == "svd" else result
+            difference = goldens.difference("unet.safetensors", delta["case"]["outputs"][output], result)
+            print(f"{variant} delta {output}: {difference:.2e} of the output's std")
+            assert difference <= BOUND[base], f"{variant} {output}"
+
+
+def test_a_unet_that_gets_some_weights_from_a_file_equals_reference(run, goldens, models_folder, base, unet):
+    """The MODEL has other weights in every fortieth tensor; a file as it is released leads back to the goldens'."""
+    weights = unet.model.diffusion_model.state_dict()
+    keys = dict(list(diffusers_to_ldm(weights).items())[::40])
+    golden = {name: weights[key].clone() for name, key in keys.items()}
+    generator = torch.Generator().manual_seed(0)
+    shifts = {name: 0.2 * value.std(correction=0) * torch.randn(value.shape, generator=generator)
+              for name, value in golden.items()}
+    case = goldens.unet[BASES[base][0]]["cases"][0]
+    try:
+        for name, key in keys.items():
+            weights[key].sub_(shifts[name])
+        model = unet_weights_loaded(run, models_folder, unet, shifts if base == "sdxl" else golden)
+        model = controlled(run, goldens, models_folder, model, BASES[base][0], case)
+        result = one_forward(model, *forward_inputs(goldens, base, model, case))
+        result = result[None] if base == "svd" else result
+    finally:
+        for name, key in keys.items():
+            weights[key].copy_(golden[name])
+    difference = goldens.difference("unet.safetensors", case["outputs"]["on"], result)
+    print(f"{base}, {len(keys)} tensors from a file: {difference:.2e} of the output's std")
+    assert difference <= BOUND[base]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
