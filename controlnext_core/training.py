@@ -5,6 +5,7 @@ whatever calls ``cross_normalization.add_controls``), ``prediction_loss``, ``Tra
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -181,7 +182,15 @@ class Training:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def update(self, loss: torch.Tensor) -> float:
-        """One step of the optimizer down a scalar loss; returns it as a number."""
+        """One step of the optimizer down a scalar loss; returns it as a number.
+
+        Raises:
+            ValueError: the loss is not a finite number; nothing was changed.
+        """
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(f"learning_rate: the loss is {value} after {self.step} steps; train with lower learning "
+                             f"rates or in float32.")
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters(), MAX_GRADIENT_NORM)
         self.optimizer.step()
@@ -189,14 +198,14 @@ class Training:
         if self.average is not None:
             torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters()], 1 - self.ema)
         self.step += 1
-        self.losses.append(loss.item())
-        return self.losses[-1]
+        self.losses.append(value)
+        return value
 
     def weights(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """(module state dict, differences) to apply or save: the moving average where there is one. Copies."""
-        values = [value.detach().clone() for value in self.average or self.parameters()]
-        names = [name for name, _ in self.module.named_parameters()]
-        return dict(zip(names, values, strict=False)), dict(zip(self.differences, values[len(names):], strict=True))
+        values = iter([value.detach().clone() for value in self.average or self.parameters()])
+        return ({name: next(values) for name, _ in self.module.named_parameters()},
+                {name: next(values) for name in self.differences})
 
     def state_dict(self) -> dict:
         """Everything that the next step depends on, as tensors, numbers, lists and dicts of them; a copy."""

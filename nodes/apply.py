@@ -66,7 +66,7 @@ class ControlNeXtApply(io.ComfyNode):
         if not torch.isfinite(image).all():
             raise ValueError("image: the control image holds NaN or infinite values; check the node that made it.")
         family = family_of(model.model, controlnext)
-        place = place_of(model.model, controlnext, family.place if inject_at == "auto" else inject_at)
+        place = _place(model.model, controlnext, family.place if inject_at == "auto" else inject_at)
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])
             mask, strength = (None, strength) if (mask == 1).all() else (mask, strength if mask.any() else 0.0)
@@ -116,7 +116,7 @@ def family_of(base_model, controlnext: ControlNeXt) -> Family:
     return resolve(controlnext.loaded.checkpoint.layout, controlnext.variant, base_of_model(base_model))
 
 
-def place_of(base_model, controlnext: ControlNeXt, name: str) -> Place:
+def _place(base_model, controlnext: ControlNeXt, name: str) -> Place:
     """The named place of this MODEL. ValueError: it has no such place, or one of another width; says which fit."""
     places = places_of(base_model.diffusion_model)
     channels = controlnext.loaded.checkpoint.module.out_channels

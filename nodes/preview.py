@@ -13,10 +13,15 @@ from .strength_over_time import STEPS, StrengthOverTime
 def show_text(cls, text: str) -> ui.PreviewText:
     """Tell the user: in the log, on the node in the open page, and in the prompt's history."""
     logging.info("ControlNeXt: %s", text)
+    send_text(cls, text)
+    return ui.PreviewText(text)
+
+
+def send_text(cls, text: str) -> None:
+    """Show a text on the node in the open page, in place of the one before."""
     if cls.hidden is not None:  # None outside a prompt
         server = PromptServer.instance
         server.send_progress_text(text, cls.hidden.unique_id, server.client_id)
-    return ui.PreviewText(text)
 
 
 def show_strength(strength: float, start_percent: float, end_percent: float,

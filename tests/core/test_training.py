@@ -173,3 +173,12 @@ def test_a_state_of_another_training_is_refused():
         small_training(ema=0.9).load_state_dict(state)
     with pytest.raises(ValueError, match="0 UNet weights"):
         small_training().load_state_dict({**state, "differences": {}})
+
+
+def test_a_loss_that_is_not_a_number_changes_nothing():
+    training = small_training()
+    before = training.state_dict()
+    with pytest.raises(ValueError, match="learning_rate: the loss is nan after 0 steps"):
+        training.update(sum(value.sum() for value in training.parameters()) * float("nan"))
+    assert all(torch.equal(value, before["module"][key]) for key, value in training.module.state_dict().items())
+    assert training.step == 0 and training.losses == []

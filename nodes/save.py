@@ -1,0 +1,48 @@
+"""Save ControlNeXt Model."""
+
+import os
+
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from ..controlnext_core.families import FAMILIES
+from ..controlnext_core.training import reference_files
+from .model import ControlNeXt, ControlNeXtType
+from .preview import show_text
+
+
+class ControlNeXtSave(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlNeXtSave",
+            display_name="Save ControlNeXt Model",
+            category="ControlNeXt",
+            description="Writes a ControlNeXt as the reference implementation does: controlnet.safetensors and, if "
+                        "UNet weights were trained with it, unet.safetensors.",
+            search_aliases=["controlnext", "save controlnet", "export controlnext"],
+            inputs=[
+                ControlNeXtType.Input("controlnext", tooltip="From Train ControlNeXt."),
+                io.String.Input("filename_prefix", default="controlnext/ControlNeXt",
+                                tooltip="Where in the output folder: the start of the name of a new folder that gets "
+                                        "the files. Move it to models/controlnext to load them."),
+            ],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, controlnext: ControlNeXt, filename_prefix: str) -> io.NodeOutput:
+        read = controlnext.loaded.checkpoint
+        files = reference_files(read.state_dict, FAMILIES.get(controlnext.variant), read.scale,
+                                controlnext.unet_differences)
+        output = folder_paths.get_output_directory()
+        parent, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
+        folder = os.path.join(parent, f"{name}_{counter:05}_")
+        os.makedirs(folder)
+        for file, (tensors, metadata) in files.items():
+            comfy.utils.save_torch_file({key: value.contiguous() for key, value in tensors.items()},
+                                        os.path.join(folder, file), metadata=metadata)
+        sizes = " and ".join(f"{file} ({len(tensors)} tensors)" for file, (tensors, _) in files.items())
+        return io.NodeOutput(ui=show_text(cls, f"{os.path.relpath(folder, output)}: {sizes}"))

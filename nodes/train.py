@@ -1,0 +1,255 @@
+"""Train ControlNeXt."""
+
+import os
+from statistics import mean
+from types import SimpleNamespace
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+from tqdm.auto import tqdm
+
+from ..controlnext_core import checkpoint
+from ..controlnext_core.families import BASE_NAMES, resolve
+from ..controlnext_core.training import UNET_PATTERNS, Training, new_module, select_weights
+from ..controlnext_core.unet_keys import diffusers_to_ldm
+from ..controlnext_core.unet_weights import read
+from .apply import base_of_model, family_of
+from .model import ControlNeXt, ControlNeXtType, trained_controlnext
+from .places import places_of
+from .preview import send_text, show_text
+from .training_data import Samples
+from .training_run import Run, TrainingControl, trainable_clone
+from .unet_loader import add_unet_weights
+
+FOLDER = "controlnext_training"  # in the output folder
+NONE = "none"
+WITH_UNET = "module and UNet weights"
+TRAINED_BASES = ("sd15", "sdxl")
+TEXTS, MEAN_OF = 1000, 50  # texts in a training; losses in the mean that they tell
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ControlNeXtTrain(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlNeXtTrain",
+            display_name="Train ControlNeXt",
+            category="ControlNeXt",
+            description="Trains a ControlNeXt on pictures and their control images, on top of a MODEL that stays as it "
+                        "is. Interrupting it keeps what was trained.",
+            search_aliases=["controlnext", "train controlnet", "train control", "training"],
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The SD1.5 or SDXL MODEL to train for; it is not changed."),
+                io.Latent.Input("latents", tooltip="The pictures, from Make Training Dataset, Resolution Bucket or VAE "
+                                                   "Encode."),
+                io.Conditioning.Input("conditioning", tooltip="The captions, from the same node as the latents: one "
+                                                              "for each picture, or one for all."),
+                io.Image.Input("images", tooltip="The control images: one for each picture, in the same order and of "
+                                                 "the same size."),
+                io.Int.Input("steps", default=1000, min=1, max=1000000,
+                             tooltip="Steps in all, those of a training that is resumed included. A few hundred to a "
+                                     "few thousand."),
+                io.Int.Input("batch_size", default=1, min=1, max=1024,
+                             tooltip="Pictures in a step, all of one size. More learn more steadily and take more "
+                                     "memory."),
+                io.Float.Input("learning_rate", default=1e-4, min=0.0, max=1.0, step=1e-7, round=False,
+                               tooltip="Of the ControlNeXt module."),
+                io.Float.Input("unet_learning_rate", default=1e-5, min=0.0, max=1.0, step=1e-7, round=False,
+                               tooltip="Of the UNet weights, if they are trained."),
+                io.Combo.Input("trainable", options=["module", WITH_UNET], default=WITH_UNET,
+                               tooltip="The module alone is small and gives weaker control. With some UNet weights, "
+                                       "trained as differences to the MODEL's, control is as in the paper."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                             tooltip="Of the module's first weights and of everything that is drawn in the training."),
+                io.Combo.Input("training_dtype", options=list(DTYPES), default="bf16",
+                               tooltip="What the MODEL computes in. What is trained is kept in fp32. On a CPU, fp32."),
+                io.Boolean.Input("gradient_checkpointing", default=True,
+                                 tooltip="Saves much memory and takes about a third more time."),
+                io.Int.Input("save_every", default=0, min=0, max=1000000,
+                             tooltip="Keeps the training every so many steps in output/controlnext_training, to "
+                                     "resume from. 0: only when it is interrupted."),
+                io.Int.Input("preview_every", default=100, min=0, max=1000000,
+                             tooltip="Samples a picture under the first control image every so many steps. 0: never."),
+                io.String.Input("filename_prefix", default="ControlNeXt",
+                                tooltip="Name of the files in output/controlnext_training."),
+                ControlNeXtType.Input("controlnext", optional=True,
+                                      tooltip="Train this one further, its own UNet weights included, with a new "
+                                              "optimizer. Without it, a new one is trained."),
+                io.Combo.Input("resume_from", options=[NONE, *_states()], default=NONE, optional=True,
+                               tooltip="Go on with a training that was interrupted or kept, as if it had never "
+                                       "stopped. Press R to see new files."),
+                io.Conditioning.Input("empty_conditioning", optional=True,
+                                      tooltip="The conditioning of an empty prompt, for caption_dropout."),
+                io.Float.Input("caption_dropout", default=0.0, min=0.0, max=1.0, step=0.01, optional=True,
+                               tooltip="Share of captions that are replaced by the empty one, for control without a "
+                                       "prompt. Often 0.1 to 0.2."),
+                io.Float.Input("ema", default=0.0, min=0.0, max=0.99999, step=0.00001, round=False, optional=True,
+                               advanced=True,
+                               tooltip="Decay of a moving average, which is then the result: 0.999 for thousands of "
+                                       "steps. 0 is off."),
+                io.String.Input("unet_pattern", default="", optional=True, advanced=True,
+                                tooltip="Which UNet weights to train: a regular expression found in their diffusers "
+                                        "names. Empty is the reference's: to_out, on SDXL attn2.*to_out."),
+            ],
+            outputs=[
+                ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt and Save ControlNeXt "
+                                                                           "Model."),
+                io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="For Plot Loss Graph."),
+                io.Int.Output(display_name="steps", tooltip="Steps that the result was trained for."),
+                io.Model.Output(display_name="model", tooltip="The MODEL with the trained UNet weights, to sample "
+                                                              "with."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, latents, conditioning, images, controlnext=None, empty_conditioning=None,
+                **settings) -> io.NodeOutput:
+        settings = SimpleNamespace(**{"resume_from": NONE, "caption_dropout": 0.0, "ema": 0.0, "unet_pattern": "",
+                                      **{name: value[0] for name, value in settings.items()}})
+        if settings.caption_dropout and not empty_conditioning:
+            raise ValueError("caption_dropout: there is no empty caption to put in place of others; connect an encoded "
+                             "empty prompt to empty_conditioning or set caption_dropout to 0.")
+        samples = Samples(latents, conditioning, images, empty_conditioning[0] if empty_conditioning else None,
+                          model[0].get_model_object("latent_format").spacial_downscale_ratio)
+        with torch.inference_mode(False), torch.enable_grad():
+            return cls._train(model[0], controlnext[0] if controlnext else None, samples, settings)
+
+    @classmethod
+    def _train(cls, model, controlnext: ControlNeXt | None, samples: Samples, settings) -> io.NodeOutput:
+        state = None
+        if settings.resume_from != NONE:
+            state = torch.load(os.path.join(_folder(), settings.resume_from), "cpu", weights_only=True)
+            controlnext = trained_controlnext(state["controlnext"], state["family"], settings.resume_from,
+                                              state["differences"])
+        control = _start(model, controlnext, settings.seed)
+        names = diffusers_to_ldm(model.model.diffusion_model.state_dict())
+        differences = _differences(model, names, controlnext, settings)
+        training = Training(control.module, differences, settings.learning_rate, settings.unet_learning_rate,
+                            settings.ema, settings.seed)
+        if state is not None:
+            try:
+                training.load_state_dict(state)
+            except ValueError as error:
+                raise ValueError(f"resume_from: {settings.resume_from} was trained with other settings: {error}; set "
+                                 "trainable, unet_pattern and ema as they were.") from None
+        clone = trainable_clone(model, {names[name]: value for name, value in training.differences.items()},
+                                DTYPES[settings.training_dtype], settings.gradient_checkpointing)
+        run = Run(clone, control, training, samples, settings.batch_size, settings.caption_dropout)
+        cls._loop(clone, run, settings)
+        weights, differences = (_to_cpu(tensors) for tensors in training.weights())
+        trained = trained_controlnext(control.with_scale(weights), control.family.name, settings.filename_prefix,
+                                      differences)
+        if differences:
+            shapes = {key: value.shape for key, value in model.model.diffusion_model.state_dict().items()}
+            model = add_unet_weights(model, read(differences, settings.filename_prefix, shapes), "difference", 1.0)
+        return io.NodeOutput(trained, {"loss": training.losses}, training.step, model)
+
+    @classmethod
+    def _loop(cls, clone, run: Run, settings) -> None:
+        """Train to the last step. Whatever ends it early, what was trained is kept first."""
+        training, steps, folder = run.training, settings.steps, _folder()
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(settings.filename_prefix, folder)
+
+        def keep() -> str:
+            path = os.path.join(folder, f"{name}_{counter:05}_step_{training.step}.pt")
+            torch.save({**training.state_dict(), "family": run.control.family.name,
+                        "controlnext": run.control.with_scale(training.module.state_dict())}, path + ".part")
+            os.replace(path + ".part", path)
+            return os.path.relpath(path, folder_paths.get_output_directory())
+
+        first, progress = training.step, comfy.utils.ProgressBar(steps)
+        try:
+            comfy.model_management.in_training = True
+            comfy.model_management.load_models_gpu([clone], memory_required=1e20, force_full_load=True)
+            clone.pre_run()
+            with tqdm(total=steps, initial=first, desc="Train ControlNeXt",
+                      disable=not comfy.utils.PROGRESS_BAR_ENABLED) as bar:
+                while training.step < steps:
+                    comfy.model_management.throw_exception_if_processing_interrupted()
+                    loss = run.step()
+                    bar.set_postfix({"loss": f"{loss:.4f}"})
+                    bar.update()
+                    if training.step % max(steps // TEXTS, 1) == 0:
+                        send_text(cls, f"step {training.step} of {steps}, loss {mean(training.losses[-MEAN_OF:]):.4f}")
+                    shown = settings.preview_every and training.step % settings.preview_every == 0
+                    progress.update_absolute(training.step, steps, run.preview() if shown else None)
+                    if settings.save_every and training.step % settings.save_every == 0:
+                        keep()
+        except BaseException:
+            if training.step > first:
+                show_text(cls, f"stopped after step {training.step} of {steps}; to go on, choose {keep()} in "
+                               f"resume_from.")
+            raise
+        finally:
+            comfy.model_management.in_training = False
+            clone.cleanup()
+            # the MODEL shares its layers with the clone; ComfyUI takes additions off only when it loads them again
+            comfy.model_management.unload_all_models()
+            for layer in clone.model.modules():
+                comfy.model_patcher.wipe_lowvram_weight(layer)
+
+
+def _folder() -> str:
+    return os.path.join(folder_paths.get_output_directory(), FOLDER)
+
+
+def _states() -> list[str]:
+    """The kept trainings, as names below their folder."""
+    return sorted(os.path.relpath(os.path.join(folder, file), _folder())
+                  for folder, _, files in os.walk(_folder()) for file in files if file.endswith(".pt"))
+
+
+def _start(model, controlnext: ControlNeXt | None, seed: int) -> TrainingControl:
+    """The control to train: a new one for this MODEL, or a copy of the one to go on from.
+
+    Raises:
+        ValueError: a MODEL that cannot be trained on, or a CONTROLNEXT for another one.
+    """
+    base = base_of_model(model.model)
+    if base not in TRAINED_BASES:
+        raise ValueError(f"model: training is for SD1.5 and SDXL, but the connected MODEL is {BASE_NAMES[base]}; "
+                         "connect one of these.")
+    places = places_of(model.model.diffusion_model)
+    if controlnext is None:
+        family = resolve("light", "auto", base)
+        state_dict = new_module(family, seed, out=places[family.place].channels).state_dict()
+        scale = 1.0
+    else:
+        family = family_of(model.model, controlnext)
+        found = controlnext.loaded.checkpoint
+        state_dict = {key: value.float() for key, value in found.state_dict.items()}
+        scale = found.scale
+        if found.module.out_channels != places[family.place].channels:
+            raise ValueError(f"controlnext: {controlnext.name} gives {found.module.out_channels} channels where the "
+                             f"connected MODEL takes {places[family.place].channels}; connect the MODEL that it is "
+                             "for, or train a new one.")
+    module = checkpoint.read(state_dict, "controlnext", operations=comfy.ops.manual_cast).module
+    module.load_state_dict(state_dict)
+    return TrainingControl(module.to(model.load_device), family, places[family.place], scale)
+
+
+def _differences(model, names: dict[str, str], controlnext: ControlNeXt | None, settings) -> dict[str, torch.Tensor]:
+    """{diffusers name: difference to start from} of the UNet weights to train. ValueError: the pattern fits none."""
+    shapes = model.model.diffusion_model.state_dict()
+    found = {}
+    if settings.trainable == WITH_UNET:
+        pattern = settings.unet_pattern or UNET_PATTERNS[base_of_model(model.model)]
+        found = {name: torch.zeros(shapes[key].shape) for name, key in select_weights(names, pattern).items()}
+        if not found:
+            raise ValueError(f"unet_pattern: no UNet weight of the connected MODEL has {pattern} in its name; clear it "
+                             "to train those that the reference trains.")
+    if controlnext is not None:
+        found |= controlnext.unet_differences
+    return {name: value.to(model.load_device) for name, value in found.items()}
+
+
+def _to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.cpu() for name, value in tensors.items()}

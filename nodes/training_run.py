@@ -1,0 +1,138 @@
+"""A MODEL under training: the control with gradients, the denoiser that carries it, one step, a preview."""
+
+import comfy.k_diffusion.sampling
+import comfy.model_sampling
+import comfy.samplers
+import latent_preview
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from torch.utils.checkpoint import checkpoint
+
+from ..controlnext_core.families import Family
+from ..controlnext_core.sizes import halved
+from ..controlnext_core.training import Training, control_features, draw_rows, drop_captions, prediction_loss
+from .control import Forward
+from .injection import add_control
+from .places import Place
+from .training_data import Samples
+
+PREFIX = "diffusion_model."
+PREVIEW_STEPS = 12
+PREDICTIONS = ((comfy.model_sampling.CONST, "flow"), (comfy.model_sampling.V_PREDICTION, "v"),
+               (comfy.model_sampling.EPS, "epsilon"))
+
+
+class TrainingControl:
+    """Serves the injection as a Control does, from a batch of images and with gradients; runs the module once a batch.
+
+    Attributes:
+        images: (B, 3, H, W), set before each forward.
+    """
+
+    patcher = None
+
+    def __init__(self, module, family: Family, place: Place, scale: float):
+        self.module, self.family, self.place = module, family, place
+        self.scale, self.gain = scale, family.gains(scale)[0]
+        self.images: torch.Tensor | None = None
+
+    def __call__(self, forward: Forward) -> tuple[torch.Tensor, torch.Tensor]:
+        timesteps = torch.tensor(forward.timesteps, device=forward.device)
+        features = control_features(self.module, self.family, self.images.to(forward.device, forward.dtype), timesteps,
+                                    halved(forward.size, self.place.halvings))
+        return features[None], features.new_full((1, 1, 1, 1, 1), self.gain)
+
+    def with_scale(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A state dict of the module with the learned scale, which is not trained."""
+        return {**weights, "scale": torch.tensor(self.scale)}
+
+
+def trainable_clone(model, differences: dict[str, torch.nn.Parameter], dtype: torch.dtype, checkpointing: bool):
+    """A clone of a MODEL that gradients can pass, with ``differences`` {LDM key: parameter} added in every forward.
+
+    All of it goes through the patcher; the weights that the clone shares with the MODEL are not touched.
+    """
+    clone = model.clone(disable_dynamic=True)
+    clone.model.requires_grad_(False)
+    clone.set_model_compute_dtype(dtype)
+    for key, weight in clone.model.named_parameters():
+        if weight.is_inference():  # loaded by a node, which autograd cannot save; a copy it can
+            clone.add_weight_wrapper(key, torch.clone)
+    for key, difference in differences.items():
+        clone.add_weight_wrapper(PREFIX + key, _adder(difference))
+    if checkpointing:
+        for name, layer in clone.model.named_modules():
+            if isinstance(layer, ResBlock | SpatialTransformer):
+                clone.add_object_patch(f"{name}.forward", _checkpointed(layer.forward))
+    return clone
+
+
+def _adder(difference: torch.nn.Parameter):
+    return lambda weight: (weight.float() + difference).to(weight.dtype)
+
+
+def _checkpointed(forward):
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+class Run:
+    """Training steps on a loaded clone of a MODEL.
+
+    Args:
+        clone: from ``trainable_clone``, loaded.
+        control: its module is that of ``training``.
+        caption_dropout: share of captions that are replaced by the empty one.
+
+    Raises:
+        ValueError: the MODEL predicts something unknown.
+    """
+
+    def __init__(self, clone, control: TrainingControl, training: Training, samples: Samples, batch_size: int,
+                 caption_dropout: float):
+        self.base_model, self.device = clone.model, clone.load_device
+        self.control, self.training, self.samples = control, training, samples
+        self.batch_size, self.caption_dropout = batch_size, caption_dropout
+        self.buckets = samples.buckets()
+        self.sampling = clone.get_model_object("model_sampling")
+        self.prediction = next((name for kind, name in PREDICTIONS if isinstance(self.sampling, kind)), None)
+        if self.prediction is None:
+            raise ValueError("model: training knows models that predict epsilon, v or flow; the connected MODEL's "
+                             f"sampling is {type(self.sampling).__mro__[2].__name__}.")
+        controlled = add_control(clone, control)
+        self.options = {**controlled.model_options["transformer_options"], "wrappers": controlled.wrappers,
+                        "cond_or_uncond": [0]}
+        self.previewer = latent_preview.get_previewer(self.device, self.base_model.latent_format)
+
+    def step(self) -> float:
+        """One update; its loss. Interrupted, it leaves the training as it was before."""
+        generator = self.training.generator
+        before = generator.get_state()
+        try:
+            rows = draw_rows(self.buckets, self.batch_size, generator)
+            latents = self.base_model.process_latent_in(self.samples.batch_latents(rows).to(self.device))
+            drawn = torch.randint(len(self.sampling.sigmas), (len(rows),), generator=generator)
+            sigma = self.sampling.sigmas.cpu()[drawn].to(self.device)
+            noise = torch.randn(latents.shape, generator=generator).to(self.device)
+            dropped = drop_captions(len(rows), self.caption_dropout, generator)
+            denoised = self._denoise(self.sampling.noise_scaling(sigma, noise, latents), sigma, rows, dropped)
+            return self.training.update(prediction_loss(denoised, latents, sigma, self.prediction).mean())
+        except BaseException:
+            generator.set_state(before)
+            raise
+
+    def preview(self) -> tuple | None:
+        """A picture sampled under the first sample's caption and control, as ComfyUI's progress bar takes it."""
+        if self.previewer is None:
+            return None
+        sigmas = comfy.samplers.calculate_sigmas(self.sampling, "simple", PREVIEW_STEPS).to(self.device)
+        noise = torch.randn(self.samples.batch_latents([0]).shape, generator=torch.Generator().manual_seed(0))
+        x = self.sampling.noise_scaling(sigmas[0], noise.to(self.device), torch.zeros_like(noise).to(self.device), True)
+        x0 = comfy.k_diffusion.sampling.sample_euler(lambda x, sigma: self._denoise(x, sigma, [0], [False]), x, sigmas,
+                                                     disable=True)
+        return self.previewer.decode_latent_to_preview_image("JPEG", x0)
+
+    def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, rows: list[int], dropped: list[bool]) -> torch.Tensor:
+        self.control.images = self.samples.batch_images(rows)
+        conds = self.samples.batch_conds(self.base_model, rows, dropped, self.device)
+        return self.base_model.apply_model(x, sigma, transformer_options=self.options, **conds)

@@ -1,0 +1,276 @@
+"""Train ControlNeXt and Save ControlNeXt Model inside a real ComfyUI."""
+
+import re
+from pathlib import Path
+
+import comfy.cli_args
+import comfy.model_management
+import comfy.model_sampling
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from models import small_unet
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sampling import cond, sample
+
+from controlnext_core.families import FAMILIES
+from controlnext_core.training import new_module
+from controlnext_core.unet_keys import diffusers_to_ldm
+
+OUTPUT = Path(folder_paths.get_output_directory())
+SETTINGS = dict(steps=6, batch_size=2, learning_rate=1e-3, unet_learning_rate=1e-3, seed=1, training_dtype="fp32",
+                trainable="module and UNet weights", gradient_checkpointing=False, save_every=0, preview_every=0,
+                filename_prefix="test")
+
+
+def narrow_unet(base: str = "sd15", **changes):
+    return small_unet(base, model_channels=64, **changes)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return narrow_unet()
+
+
+def pictures(sizes: list[tuple[int, int]]) -> tuple[list, list]:
+    """(LATENTs, control images), one of each per (height, width) in latent pixels."""
+    generator = torch.Generator().manual_seed(1)
+    return ([{"samples": torch.randn(1, 4, *size, generator=generator)} for size in sizes],
+            [torch.rand(1, 8 * height, 8 * width, 3, generator=generator) for height, width in sizes])
+
+
+@pytest.fixture
+def small(pack):
+    """small(base): an untrained CONTROLNEXT for ``narrow_unet``, narrow too."""
+    def make(base: str = "sd15"):
+        module = new_module(FAMILIES[base], out=64, time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)
+        return pack("nodes.model").trained_controlnext(module.state_dict(), base, "small", {})
+    return make
+
+
+@pytest.fixture
+def train(run, small):
+    """train(model, **settings): the node's outputs, as ComfyUI calls it with lists; four samples unless given."""
+    def run_training(model, latents=None, images=None, conditioning=None, **settings):
+        drawn = pictures([(8, 8)] * 4)
+        inputs = {"latents": latents or drawn[0], "images": images or drawn[1],
+                  "conditioning": conditioning or [cond(model, seed) for seed in range(4)]}
+        settings = {"controlnext": small(), **settings}
+        return run("ControlNeXtTrain", model=[model], **inputs,
+                   **{name: [value] for name, value in (SETTINGS | settings).items() if value is not None})
+    return run_training
+
+
+def weights(controlnext) -> dict:
+    return {**controlnext.loaded.checkpoint.state_dict, **controlnext.unet_differences}
+
+
+def assert_equal(ours: dict, expected: dict):
+    assert ours.keys() == expected.keys()
+    assert [name for name in ours if not torch.equal(ours[name], expected[name])] == []
+
+
+def kept_states() -> list[str]:
+    folder = OUTPUT / "controlnext_training"
+    return sorted(path.name for path in folder.glob("*.pt")) if folder.exists() else []
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+def test_a_few_steps_lower_the_loss_on_one_picture_and_leave_the_model_as_it_was(train, small, base):
+    model = narrow_unet(base)
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    latents, images = pictures([(8, 8)])
+    data = dict(latents=latents, images=images, conditioning=[cond(model)], steps=16, batch_size=1,
+                controlnext=small(base))
+    untrained = train(model, **data, learning_rate=0.0, unet_learning_rate=0.0)[1]["loss"]
+    controlnext, loss_map, steps, controlled = train(model, **data, learning_rate=3e-3, unet_learning_rate=3e-3)
+    assert steps == len(loss_map["loss"]) == 16
+    # of the same noise and timesteps
+    assert sum(loss_map["loss"][8:]) < 0.9 * sum(untrained[8:])
+    assert_equal(model.model.state_dict(), before)
+    assert not model.patches and not model.weight_wrapper_patches and not model.object_patches
+    assert not any(layer.weight_function for layer in model.model.modules() if hasattr(layer, "weight_function"))
+    assert all(value.any() for value in weights(controlnext).values())
+    names = diffusers_to_ldm(model.model.diffusion_model.state_dict())
+    assert controlled.patches.keys() == {f"diffusion_model.{names[name]}" for name in controlnext.unet_differences}
+    pattern = "to_out" if base == "sd15" else "attn2.to_out"
+    assert controlnext.unet_differences.keys() == {name for name in names if pattern in name}
+
+
+def test_what_is_trained_is_what_is_applied(pack, small, unet):
+    """One forward of the training and one of Apply ControlNeXt give the same."""
+    train, run = pack("nodes.train"), pack("nodes.training_run")
+    latents, images = pictures([(8, 8)] * 2)
+    samples = pack("nodes.training_data").Samples(latents, [cond(unet, seed) for seed in (0, 1)], images, None, 8)
+    control = train._start(unet, small(), seed=3)
+    clone = run.trainable_clone(unet, {}, torch.float32, True)
+    comfy.model_management.load_models_gpu([clone])
+    training = pack("controlnext_core.training").Training(control.module)
+    denoise = run.Run(clone, control, training, samples, 2, 0.0)._denoise
+    x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([2.0, 2.0])
+    ours = denoise(x, sigma, [1, 0], [False, False])
+    assert ours.requires_grad
+    controlnext = pack("nodes.model").trained_controlnext(control.module.state_dict(), "sd15", "test", {})
+    for row, which in enumerate((1, 0)):
+        applied = pack("nodes.apply").ControlNeXtApply.execute(unet, controlnext, images[which], 1.0, 0.0, 1.0)[0]
+        options = {**applied.model_options["transformer_options"], "wrappers": applied.wrappers}
+        expected = applied.model.apply_model(x[row:row + 1], sigma[:1], transformer_options=options,
+                                             c_crossattn=cond(unet, which)[0][0])
+        assert torch.allclose(ours[row:row + 1], expected, atol=2e-5)
+        plain = applied.model.apply_model(x[row:row + 1], sigma[:1], c_crossattn=cond(unet, which)[0][0])
+        assert not torch.allclose(ours[row:row + 1], plain, atol=1e-2)
+
+
+def test_rows_of_a_batch_belong_together_also_after_resolution_bucket(pack, run, unet):
+    sizes = [(8, 8), (8, 16), (8, 8), (16, 8), (8, 16)]
+    latents = [{"samples": torch.full((1, 4, *size), float(index))} for index, size in enumerate(sizes)]
+    images = [torch.full((1, 8 * size[0] + 3, 8 * size[1], 3), float(index)) for index, size in enumerate(sizes)]
+    conds = [cond(unet, context=torch.full((1, 2, 768), float(index))) for index in range(5)]
+    bucketed = run("ResolutionBucket", latents=latents, conditioning=conds)
+    empty = cond(unet, context=torch.full((1, 77, 768), -1.0))
+    for some_latents, some_conds in ((latents, conds), bucketed):
+        samples = pack("nodes.training_data").Samples(some_latents, some_conds, images, empty, 8)
+        assert sorted(len(rows) for rows in samples.buckets()) == [1, 2, 2]
+        for rows in samples.buckets():
+            dropped = [True] + [False] * (len(rows) - 1)
+            pixels, latent = samples.batch_images(rows), samples.batch_latents(rows)
+            context = samples.batch_conds(unet.model, rows, dropped, "cpu")["c_crossattn"]
+            assert pixels.shape[-2:] == (8 * latent.shape[-2], 8 * latent.shape[-1])
+            assert latent[:, 0, 0, 0].tolist() == pixels[:, 0, 0, 0].tolist()
+            assert context[:, 0, 0].tolist() == [-1.0] + latent[1:, 0, 0, 0].tolist()
+
+
+def test_an_interrupted_training_is_kept_and_resumed_as_if_it_had_never_stopped(run, train, unet, monkeypatch):
+    extra = dict(ema=0.9, caption_dropout=0.5, empty_conditioning=cond(unet, 9), gradient_checkpointing=True)
+    whole = train(unet, **extra)
+    calls = []
+
+    def interrupt_in_the_fourth_step(module, args, output):
+        calls.append(None)
+        if len(calls) == 4:
+            comfy.model_management.interrupt_current_processing()
+            comfy.model_management.throw_exception_if_processing_interrupted()
+    hook = unet.model.diffusion_model.register_forward_hook(interrupt_in_the_fourth_step)
+    before = kept_states()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(unet, **extra)
+    hook.remove()
+    (kept,) = set(kept_states()) - set(before)
+    assert re.fullmatch(r"test_\d{5}_step_3\.pt", kept)
+    resumed = train(unet, **extra, resume_from=kept)
+    assert resumed[1:3] == whole[1:3]
+    assert_equal(weights(resumed[0]), weights(whole[0]))
+    with pytest.raises(ValueError, match="resume_from: .* only one of them keeps a moving average"):
+        train(unet, **(extra | {"ema": 0.0}), resume_from=kept)
+
+
+def test_checkpointing_saving_and_previews_change_nothing(run, train, unet, monkeypatch):
+    previews = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK",
+                        lambda value, total, preview, node_id=None: previews.append(preview))
+    monkeypatch.setattr(comfy.cli_args.args, "preview_method", comfy.cli_args.LatentPreviewMethod.Latent2RGB)
+    plain = train(unet, steps=4)
+    before = kept_states()
+    other = train(unet, steps=4, gradient_checkpointing=True, save_every=2, preview_every=3)
+    assert [preview[1].size for preview in previews if preview] == [(8, 8)]
+    assert [name[-9:] for name in sorted(set(kept_states()) - set(before))] == ["step_2.pt", "step_4.pt"]
+    assert torch.allclose(torch.tensor(other[1]["loss"]), torch.tensor(plain[1]["loss"]), rtol=1e-4)
+
+
+def test_saved_files_are_the_reference_s_and_sample_the_same_loaded(comfy_nodes, run, train, models_folder, goldens):
+    model = narrow_unet()
+    trained, _, _, with_unet = train(model, steps=1, controlnext=None)
+    comfy_nodes["ControlNeXtSave"].execute(trained, "controlnext/test")
+    saved = OUTPUT / "controlnext" / "test_00001_"
+    shapes = {key: list(value.shape) for key, value in load_file(saved / "controlnet.safetensors").items()}
+    reference = goldens.module["sd15"]["state_dict_shapes"]
+    assert shapes == {**reference, "mid_convs.1.weight": [64, 256, 1, 1], "mid_convs.1.bias": [64]}
+    differences = load_file(saved / "unet.safetensors")
+    assert differences and all("to_out" in name for name in differences)
+    assert differences.keys() <= goldens.unet_shapes["sd15"].keys()
+    with safe_open(saved / "unet.safetensors", "pt") as file:
+        assert file.metadata() == {"controlnext.family": "sd15", "controlnext.unet": "difference"}
+    for file in saved.iterdir():
+        file.rename(models_folder / "controlnext" / f"trained_{file.name}")
+    loaded = run("ControlNeXtLoader", controlnext_name="trained_controlnet.safetensors", variant="auto")
+    assert loaded.variant == "sd15"
+    again = run("ControlNeXtUNetLoader", model=model, unet_name="trained_unet.safetensors", strength=1.0, mode="auto")
+    image, latent = torch.rand(1, 64, 64, 3), torch.zeros(1, 4, 8, 8)
+    samples = [sample(run("ControlNeXtApply", model=unet, controlnext=controlnext, image=image, strength=1.0,
+                          start_percent=0.0, end_percent=1.0), cond(model), cond(model, 1), latent)
+               for unet, controlnext in ((with_unet, trained), (again, loaded), (model, loaded))]
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+
+
+def test_a_controlnext_is_trained_on_from_where_it_is(train, unet):
+    first = train(unet, steps=2)[0]
+    still = train(unet, steps=1, controlnext=first, learning_rate=0.0, unet_learning_rate=0.0)[0]
+    assert_equal(weights(still), weights(first))
+    before = {name: value.clone() for name, value in weights(first).items()}
+    train(unet, steps=2, controlnext=first, trainable="module")
+    assert_equal(weights(first), before)
+
+
+@pytest.mark.parametrize("kind", [comfy.model_sampling.V_PREDICTION, comfy.model_sampling.CONST])
+def test_models_that_predict_v_or_flow_are_trained(train, run, unet, kind):
+    if kind is comfy.model_sampling.CONST:
+        model = run("ModelSamplingSD3", model=unet, shift=3.0)
+    else:
+        model = run("ModelSamplingDiscrete", model=unet, sampling="v_prediction", zsnr=False)
+    losses = train(model, steps=2, trainable="module", training_dtype="bf16")[1]["loss"]
+    assert all(0.1 < loss < 100 for loss in losses)
+
+
+def test_it_works_with_the_stock_loader_dataset_nodes_and_loss_graph(comfy_nodes, run, train, models_folder,
+                                                                     monkeypatch):
+    """Also: autograd takes weights that a loader node loaded, which are inference tensors."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent.parent / "scripts")
+    import stand_in
+    file = models_folder / "checkpoints" / "small.safetensors"
+    save_file(stand_in.random_weights(stand_in.checkpoint_shapes(), 0), file)
+    model, clip, vae = run("CheckpointLoaderSimple", ckpt_name=file.name)
+    file.unlink()
+    assert next(model.model.parameters()).is_inference()
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    photographs = [torch.rand(1, 64, 64, 3), torch.rand(1, 64, 128, 3)]
+    latents, conditioning = run("MakeTrainingDataset", images=photographs, vae=[vae], clip=[clip], texts=["one", "two"])
+    latents, conditioning = run("ResolutionBucket", latents=latents, conditioning=conditioning)
+    trained, losses, _, _ = train(model, latents, photographs, conditioning, steps=2, controlnext=None)
+    assert_equal(model.model.state_dict(), before)
+    assert weights(trained)["mid_convs.1.weight"].shape[0] == 320
+    comfy_nodes["LossGraphNode"].execute(losses, "loss")
+
+
+BAD = {
+    "conditioning: there are 2 captions for 4 latents": dict(conditioning=2),
+    "images: there are 3 control images for 4 latents": dict(images=[(8, 8)] * 3),
+    "images: a control image is 64x128 where its picture is 64x64": dict(images=[(8, 8)] * 3 + [(16, 8)]),
+    "caption_dropout: there is no empty caption": dict(caption_dropout=0.1),
+    "unet_pattern: no UNet weight": dict(unet_pattern="to_nowhere"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_inputs_are_one_clear_sentence(train, unet, message):
+    inputs = dict(BAD[message])
+    if "images" in inputs:
+        inputs["images"] = pictures(inputs["images"])[1]
+    if "conditioning" in inputs:
+        inputs["conditioning"] = [cond(unet, seed) for seed in range(inputs["conditioning"])]
+    with pytest.raises(ValueError, match=message) as error:
+        train(unet, **inputs)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_a_controlnext_for_another_model_is_refused(train, unet):
+    controlnext = train(unet, steps=1, trainable="module")[0]
+    assert controlnext.unet_differences == {}
+    with pytest.raises(ValueError, match="model: the ControlNeXt file is sd15 .* but the connected MODEL is SDXL"):
+        train(narrow_unet("sdxl"), controlnext=controlnext)
+    with pytest.raises(ValueError, match="controlnext: test gives 64 channels where the connected MODEL takes 32"):
+        train(small_unet("sd15", model_channels=32), controlnext=controlnext)
+    with pytest.raises(ValueError, match="model: training is for SD1.5 and SDXL, but the connected MODEL is SVD"):
+        train(narrow_unet("svd"))
