@@ -126,6 +126,11 @@ def drop_captions(rows: int, share: float, generator: torch.Generator) -> list[b
     return (torch.rand(rows, generator=generator) < share).tolist()
 
 
+def with_scale(module: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """A module's state dict with the learned scale, as a file holds it. Training leaves the scale as it is."""
+    return {**module, "scale": torch.tensor(scale)}
+
+
 def reference_files(module: Mapping[str, torch.Tensor], family: Family | None, scale: float,
                     differences: Mapping[str, torch.Tensor]) -> dict[str, tuple[dict, dict]]:
     """{file name: (tensors, metadata)} as the reference implementation names and reads them.
@@ -136,9 +141,7 @@ def reference_files(module: Mapping[str, torch.Tensor], family: Family | None, s
         scale: the learned scale, in the files of the families that have one.
         differences: {diffusers name: tensor}; without any there is one file.
     """
-    tensors = dict(module)
-    if layout_of(list(module)) in SCALED_LAYOUTS:
-        tensors["scale"] = torch.tensor(scale)
+    tensors = with_scale(module, scale) if layout_of(list(module)) in SCALED_LAYOUTS else dict(module)
     metadata = {FAMILY_KEY: family.name} if family else {}
     files = {"controlnet.safetensors": (tensors, metadata)}
     if differences:

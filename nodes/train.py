@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..controlnext_core import checkpoint
 from ..controlnext_core.families import BASE_NAMES, resolve
-from ..controlnext_core.training import UNET_PATTERNS, Training, new_module, select_weights
+from ..controlnext_core.training import UNET_PATTERNS, Training, new_module, select_weights, with_scale
 from ..controlnext_core.unet_keys import diffusers_to_ldm
 from ..controlnext_core.unet_weights import read
 from .apply import base_of_model, family_of
@@ -127,8 +127,8 @@ class ControlNeXtTrain(io.ComfyNode):
         state = None
         if settings.resume_from != NONE:
             state = torch.load(os.path.join(_folder(), settings.resume_from), "cpu", weights_only=True)
-            controlnext = trained_controlnext(state["controlnext"], state["family"], settings.resume_from,
-                                              state["differences"])
+            controlnext = trained_controlnext(with_scale(state["module"], state["scale"]), state["family"],
+                                              settings.resume_from, state["differences"])
         control = _start(model, controlnext, settings.seed)
         names = diffusers_to_ldm(model.model.diffusion_model.state_dict())
         differences = _differences(model, names, controlnext, settings)
@@ -145,8 +145,8 @@ class ControlNeXtTrain(io.ComfyNode):
         run = Run(clone, control, training, samples, settings.batch_size, settings.caption_dropout)
         cls._loop(clone, run, settings)
         weights, differences = (_to_cpu(tensors) for tensors in training.weights())
-        trained = trained_controlnext(control.with_scale(weights), control.family.name, settings.filename_prefix,
-                                      differences)
+        trained = trained_controlnext(with_scale(weights, control.scale), control.family.name,
+                                      settings.filename_prefix, differences)
         if differences:
             shapes = {key: value.shape for key, value in model.model.diffusion_model.state_dict().items()}
             model = add_unet_weights(model, read(differences, settings.filename_prefix, shapes), "difference", 1.0)
@@ -160,8 +160,8 @@ class ControlNeXtTrain(io.ComfyNode):
 
         def keep() -> str:
             path = os.path.join(folder, f"{name}_{counter:05}_step_{training.step}.pt")
-            torch.save({**training.state_dict(), "family": run.control.family.name,
-                        "controlnext": run.control.with_scale(training.module.state_dict())}, path + ".part")
+            torch.save({**training.state_dict(), "family": run.control.family.name, "scale": run.control.scale},
+                       path + ".part")
             os.replace(path + ".part", path)
             return os.path.relpath(path, folder_paths.get_output_directory())
 

@@ -43,10 +43,6 @@ class TrainingControl:
                                     halved(forward.size, self.place.halvings))
         return features[None], features.new_full((1, 1, 1, 1, 1), self.gain)
 
-    def with_scale(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A state dict of the module with the learned scale, which is not trained."""
-        return {**weights, "scale": torch.tensor(self.scale)}
-
 
 def trainable_clone(model, differences: dict[str, torch.nn.Parameter], dtype: torch.dtype, checkpointing: bool):
     """A clone of a MODEL that gradients can pass, with ``differences`` {LDM key: parameter} added in every forward.
