@@ -108,7 +108,8 @@ def open_page(browser, url: str):
     """ComfyUI in a window, in English."""
     import comfy_client
     settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False,
-                "Comfy.Minimap.Visible": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0}
+                "Comfy.Minimap.Visible": False, "Comfy.RightSidePanel.IsOpen": False,
+                "LiteGraph.Canvas.MinFontSizeForLOD": 0}
     post = urllib.request.Request(f"{url}/settings", json.dumps(settings).encode(),
                                   {"Content-Type": "application/json"})
     comfy_client.open_url(post).close()
@@ -127,7 +128,8 @@ def photograph_graph(page, path: Path) -> None:
             node.pos = [left, top]
             node.setSize([width, height])
         }
-        app.graph.remove(app.graph.getNodeById('lora'))
+        for (const node of [...app.graph.nodes])
+            if (!(node.id in layout)) app.graph.remove(node)
         app.canvas.deselectAll()
         app.canvas.ds.scale = 0.8
         app.canvas.ds.offset = [100, 150]
@@ -189,6 +191,14 @@ def run(options) -> None:
     graph["apply"]["inputs"]["end_percent"] = 0.8
     graph["lora"] = {"class_type": "ControlNeXtSaveAsLoRA", "inputs": {
         "unet_name": UNET_WEIGHTS, "model": ["checkpoint", 0], "filename_prefix": "loras/ControlNeXt", "rank": 0}}
+    graph["small"] = {"class_type": "ImageScale", "inputs": {
+        "image": ["photo", 0], "upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}}
+    graph["latents"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["small", 0], "vae": ["checkpoint", 2]}}
+    graph["train"] = {"class_type": "ControlNeXtTrain", "inputs": {
+        "model": ["checkpoint", 0], "latents": ["latents", 0], "conditioning": ["positive", 0], "images": ["small", 0],
+        "steps": 4, "training_dtype": "fp32", "gradient_checkpointing": False, "preview_every": 0}}
+    graph["saved"] = {"class_type": "ControlNeXtSave", "inputs": {
+        "controlnext": ["train", 0], "filename_prefix": "controlnext/ControlNeXt"}}
     device = ("--cpu",) if demo.needs_cpu_option() else ()
     with comfy_client.running_server(options.comfyui, base, options=device) as url, sync_playwright() as playwright:
         chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -196,11 +206,12 @@ def run(options) -> None:
         page.evaluate("graph => app.loadApiJson(graph, 'pictures')", graph)
         page.wait_for_timeout(1000)
         page.get_by_test_id("queue-button").click()
-        page.wait_for_function("() => app.nodeOutputs.save?.images && app.nodeOutputs.lora?.text", timeout=600_000)
+        page.wait_for_function("() => ['save', 'lora', 'saved'].every(id => app.nodeOutputs[id])", timeout=600_000)
         page.wait_for_timeout(3000)  # the pictures on the nodes, and the message that the run is over
         edges = Image.open(demo.image_path(base, page.evaluate("() => app.nodeOutputs.show_edges"))).convert("RGB")
         photograph_nodes(page, {"controlnext": "ControlNeXtLoader", "apply": "ControlNeXtApply",
-                                "unet_weights": "ControlNeXtUNetLoader", "lora": "ControlNeXtSaveAsLoRA"})
+                                "unet_weights": "ControlNeXtUNetLoader", "lora": "ControlNeXtSaveAsLoRA",
+                                "train": "ControlNeXtTrain", "saved": "ControlNeXtSave"})
         photograph_graph(page, README / "graph.jpg")
         photograph_error(page, graph, README / "error.jpg")
     save_row([Image.open(photo), edges], ["image", "ControlNeXt Canny"], DOCS / "ControlNeXtCanny" / "picture.jpg")

@@ -28,7 +28,8 @@ DRAWINGS = {  # workflow: the drawing whose edges or silhouette control it; no t
 }
 # What the note in a workflow says of its thumbnail, before and after this script made it.
 NOT_MADE = "shows the graph and no result: these weights could not be had where it was made."
-MADE = "was made by running this graph on small models of 64 x 64 drawings, which this project trained."
+MADE = ("was made by running this graph on small models of 64 x 64 drawings, which this project trained; what needs "
+        "other models was left out.")
 CUT_OUT = {"Inpaint with Control": (32, 0, 64, 64)}  # the part that is repainted; elsewhere the paper is cut out
 
 

@@ -65,3 +65,14 @@ def test_the_chinese_help_page_is_titled_as_the_node():
     for name, node in read("zh").items():
         page = (REPO / "web" / "docs" / name / "zh.md").read_text(encoding="utf-8")
         assert page.splitlines()[0] == f"# {node['display_name']}"
+
+
+def test_every_help_page_has_a_picture_and_the_same_parts_in_both_languages(ours):
+    for name in ours:
+        folder = REPO / "web" / "docs" / name
+        english, chinese = ((folder / f"{language}.md").read_text(encoding="utf-8") for language in ("en", "zh"))
+        for part in ("Inputs", "What to download", "Common mistakes"):
+            assert f"\n## {part}\n" in english, name
+        assert english.count("\n## ") == chinese.count("\n## "), name
+        assert f"]({name}/picture.jpg)" in english and f"]({name}/picture.jpg)" in chinese, name
+        assert (folder / "picture.jpg").is_file(), name

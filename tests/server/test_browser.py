@@ -33,6 +33,7 @@ SEARCHES = {  # what people type: the node
     "controlnet": "ControlNeXtApply", "canny control": "ControlNeXtCanny", "pose video": "ControlNeXtApply",
     "load controlnext": "ControlNeXtLoader", "unet weights": "ControlNeXtUNetLoader",
     "export lora": "ControlNeXtSaveAsLoRA", "align pose": "ControlNeXtAlignPose", "skeleton": "ControlNeXtDrawPose",
+    "train controlnet": "ControlNeXtTrain", "export controlnext": "ControlNeXtSave",
 }
 READY = "() => !!(window.app?.graph && window.LiteGraph?.registered_node_types.ControlNeXtApply)"
 GRAPH = "() => app.graph.serialize()"
