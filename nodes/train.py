@@ -163,7 +163,7 @@ class ControlNeXtTrain(io.ComfyNode):
             torch.save({**training.state_dict(), "family": run.control.family.name, "scale": run.control.scale},
                        path + ".part")
             os.replace(path + ".part", path)
-            return os.path.relpath(path, folder_paths.get_output_directory())
+            return os.path.relpath(path, _folder())
 
         first, progress = training.step, comfy.utils.ProgressBar(steps)
         try:
@@ -185,8 +185,8 @@ class ControlNeXtTrain(io.ComfyNode):
                         keep()
         except BaseException:
             if training.step > first:
-                show_text(cls, f"stopped after step {training.step} of {steps}; to go on, choose {keep()} in "
-                               f"resume_from.")
+                show_text(cls, f"stopped after step {training.step} of {steps} and kept in output/{FOLDER}; to go on, "
+                               f"press R and choose {keep()} in resume_from.")
             raise
         finally:
             comfy.model_management.in_training = False
@@ -246,8 +246,11 @@ def _differences(model, names: dict[str, str], controlnext: ControlNeXt | None, 
         if not found:
             raise ValueError(f"unet_pattern: no UNet weight of the connected MODEL has {pattern} in its name; clear it "
                              "to train those that the reference trains.")
-    if controlnext is not None:
-        found |= controlnext.unet_differences
+    given = controlnext.unet_differences if controlnext else {}
+    if foreign := given.keys() - names.keys():
+        raise ValueError(f"controlnext: {controlnext.name} was trained with UNet weights that the connected MODEL "
+                         f"lacks ({min(foreign)}); connect the MODEL that it is for.")
+    found |= given
     return {name: value.to(model.load_device) for name, value in found.items()}
 
 

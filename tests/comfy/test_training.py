@@ -142,7 +142,7 @@ def test_rows_of_a_batch_belong_together_also_after_resolution_bucket(pack, run,
             assert context[:, 0, 0].tolist() == [-1.0] + latent[1:, 0, 0, 0].tolist()
 
 
-def test_an_interrupted_training_is_kept_and_resumed_as_if_it_had_never_stopped(run, train, unet, monkeypatch):
+def test_an_interrupted_training_is_kept_and_resumed_as_if_it_had_never_stopped(train, unet, caplog):
     extra = dict(ema=0.9, caption_dropout=0.5, empty_conditioning=cond(unet, 9), gradient_checkpointing=True)
     whole = train(unet, **extra)
     calls = []
@@ -154,10 +154,12 @@ def test_an_interrupted_training_is_kept_and_resumed_as_if_it_had_never_stopped(
             comfy.model_management.throw_exception_if_processing_interrupted()
     hook = unet.model.diffusion_model.register_forward_hook(interrupt_in_the_fourth_step)
     before = kept_states()
+    caplog.set_level("INFO")
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train(unet, **extra)
     hook.remove()
     (kept,) = set(kept_states()) - set(before)
+    assert f"choose {kept} in resume_from" in caplog.text
     assert re.fullmatch(r"test_\d{5}_step_3\.pt", kept)
     resumed = train(unet, **extra, resume_from=kept)
     assert resumed[1:3] == whole[1:3]
@@ -166,7 +168,7 @@ def test_an_interrupted_training_is_kept_and_resumed_as_if_it_had_never_stopped(
         train(unet, **(extra | {"ema": 0.0}), resume_from=kept)
 
 
-def test_checkpointing_saving_and_previews_change_nothing(run, train, unet, monkeypatch):
+def test_checkpointing_saving_and_previews_change_nothing(train, unet, monkeypatch):
     previews = []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK",
                         lambda value, total, preview, node_id=None: previews.append(preview))
@@ -274,3 +276,6 @@ def test_a_controlnext_for_another_model_is_refused(train, unet):
         train(small_unet("sd15", model_channels=32), controlnext=controlnext)
     with pytest.raises(ValueError, match="model: training is for SD1.5 and SDXL, but the connected MODEL is SVD"):
         train(narrow_unet("svd"))
+    with_unet = train(unet, steps=1)[0]
+    with pytest.raises(ValueError, match="controlnext: test was trained with UNet weights that .* MODEL lacks"):
+        train(narrow_unet(transformer_depth_output=[0, 0, 0, 0]), controlnext=with_unet)
