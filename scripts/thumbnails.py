@@ -1,4 +1,4 @@
-"""Remakes the thumbnails of the example workflows by running them on small models of 64x64 drawings (demo_model).
+"""Remakes the thumbnails of the example workflows by running them on small models of drawings (demo_model).
 
     python scripts/thumbnails.py --checkpoint FILE --canny FILE --canny-unet FILE --mask FILE --mask-unet FILE
 
@@ -28,9 +28,8 @@ DRAWINGS = {  # workflow: the drawing whose edges or silhouette control it; no t
 }
 # What the note in a workflow says of its thumbnail, before and after this script made it.
 NOT_MADE = "shows the graph and no result: these weights could not be had where it was made."
-MADE = ("was made by running this graph on small models of 64 x 64 drawings, which this project trained; what needs "
-        "other models was left out.")
-CUT_OUT = {"Inpaint with Control": (32, 0, 64, 64)}  # the part that is repainted; elsewhere the paper is cut out
+MADE = ("was made by running this graph on small models of drawings, which this project trained; what needs other "
+        "models was left out.")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,8 +45,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def put_drawing(name: str, hole: tuple[int, int, int, int] | None, folder: Path) -> str:
-    """Save the drawing of this name with an alpha channel: 0 in `hole`, or outside the drawn region."""
+def put_drawing(name: str, repaint: bool, folder: Path) -> str:
+    """Save the drawing of this name, transparent in its right half, to be repainted, or outside the drawn region."""
     import numpy as np
     from PIL import Image
 
@@ -56,9 +55,8 @@ def put_drawing(name: str, hole: tuple[int, int, int, int] | None, folder: Path)
     world = load_world(environment.cache_folder())
     drawing = world.drawings[world.captions.index(name)]
     alpha = np.full(drawing.shape[:2], 255, np.uint8)
-    if hole:
-        left, top, right, bottom = hole
-        alpha[top:bottom, left:right] = 0
+    if repaint:
+        alpha[:, alpha.shape[1] // 2:] = 0
     else:
         alpha[~drawn_region(drawing)] = 0
     path = folder / f"{name}.png"
@@ -174,7 +172,7 @@ def run(options: argparse.Namespace) -> None:
     device = ("--cpu",) if demo.needs_cpu_option() else ()
     with comfy_client.running_server(options.comfyui, base, options=device) as url:
         for workflow, prompt in prompts(url).items():
-            drawing = put_drawing(DRAWINGS[workflow], CUT_OUT.get(workflow), base / "input")
+            drawing = put_drawing(DRAWINGS[workflow], workflow == "Inpaint with Control", base / "input")
             prompt = on_small_models(prompt, options, files, drawing, DRAWINGS[workflow])
             outputs = comfy_client.run_graph(url, prompt)
             if workflow == "Compare":
