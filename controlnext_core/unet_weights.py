@@ -116,8 +116,9 @@ def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWei
         if not value.is_floating_point():
             raise ValueError(f"{name}: tensor {key} holds {str(value.dtype).removeprefix('torch.')} numbers where "
                              f"floating point weights are expected; download the file again or choose another.")
-        # the sum is not finite when any of its terms is not, and needs no memory
-        if not value.sum(dtype=torch.float32).isfinite():
+        # the smallest and the largest are NaN when any is, and need no memory; PyTorch has none of 8-bit floats
+        extremes = torch.stack(torch.aminmax(value.float() if value.itemsize == 1 else value))
+        if not extremes.isfinite().all():
             raise ValueError(f"{name}: tensor {key} holds NaN or infinite weights; download the file again or choose "
                              f"another.")
     return UNetWeights(tensors, left_out, other_base)
@@ -147,10 +148,10 @@ def compare(tensors: Mapping[str, torch.Tensor], base_weight: Callable[[str], to
     keys = [key for key, value in tensors.items() if value.ndim > 1] or list(tensors)
     cosines, sizes = [], []
     for key in keys[::-(-len(keys) // SAMPLED_TENSORS)]:
-        base = base_weight(key)
-        value = tensors[key].to(base)
+        base = base_weight(key).flatten()
+        value = tensors[key].flatten().to(base)
         norm, base_norm = float(value.norm()), float(base.norm())
-        cosines.append(float((value * base).sum()) / max(norm * base_norm, TINY))
+        cosines.append(float(value @ base) / max(norm * base_norm, TINY))
         sizes.append(norm / max(base_norm, TINY))
     return Likeness(median(cosines), median(sizes))
 

@@ -108,7 +108,7 @@ def test_replacing_is_the_linear_interpolation_between_the_weights_and_the_file(
 
 
 @pytest.mark.parametrize("name", ["unet.safetensors", "unet.bin", "unet.pt"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_files_of_any_kind_and_precision_with_diffusers_names(unet, load, name, dtype):
     names = {key: diffusers for diffusers, key in diffusers_to_ldm(original(unet)).items()}
     file = {key: value.to(dtype) for key, value in differences(unet).items()}
