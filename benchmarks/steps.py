@@ -1,6 +1,7 @@
 """What control costs in a sampling step: ours, the reference's way, and ComfyUI's own ControlNet, beside the bare UNet.
 
-    python benchmarks/steps.py --base sd15 --size 512
+    python benchmarks/steps.py                              the standard cases of this machine, one after the other
+    python benchmarks/steps.py --base sd15 --size 512       one case
 
 All ways run in one process, in turn, through ComfyUI's own sampler on its own UNet with both guidance halves, and are
 compared round by round. Weights are random: the figures do not depend on them. On a GPU the UNet is in float16 and in
@@ -13,14 +14,20 @@ import argparse
 import contextlib
 import os
 import statistics
+import subprocess
+import sys
 import time
 
 import world
 
+CPU_CASES = ("--base sd15 --size 256", "--base sd15 --size 512", "--base sdxl --size 512",
+             "--base svd --size 256 --frames 4")
+GPU_CASES = tuple(f"--base {base}{compiled}" for compiled in ("", " --compile") for base in ("sd15", "sdxl", "svd"))
+
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", choices=("sd15", "sdxl", "svd"), default="sd15")
+    parser.add_argument("--base", choices=("sd15", "sdxl", "svd"), help="(default: the standard cases)")
     parser.add_argument("--size", default=None, metavar="WIDTHxHEIGHT",
                         help="of the picture (default: 512 for sd15, 1024 for sdxl, 1024x576 for svd)")
     parser.add_argument("--frames", type=int, default=25, help="of the video, for svd (default: 25)")
@@ -68,34 +75,15 @@ class Watch:
             return executor(*args, **kwargs)
 
 
-class PeakMemory:
-    """The most memory in use above what was in use before, in bytes; of the device, or of the process (Linux alone)."""
-
-    def __init__(self, torch):
-        self.cuda = torch.cuda if torch.cuda.is_available() else None
-
-    def __enter__(self):
-        if self.cuda:
-            self.cuda.reset_peak_memory_stats()
-            self.before = self.cuda.memory_allocated()
-        else:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # the peak starts again
-            self.before = self._status("VmRSS")
-        return self
-
-    def __exit__(self, *_):
-        self.bytes = (self.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")) - self.before
-
-    @staticmethod
-    def _status(name: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
-
-
 def main() -> None:
     arguments = parse_arguments()
     world.enter()
+    if arguments.base is None:
+        import torch
+        for case in GPU_CASES if torch.cuda.is_available() else CPU_CASES:
+            command = [sys.executable, __file__, *case.split(), "--rounds", str(arguments.rounds)]
+            subprocess.run(command, check=True)  # in a process of its own, for its memory
+        return
     import comfy.sample
     import comfy.samplers
     import torch
@@ -134,8 +122,9 @@ def main() -> None:
     reference = ways.with_reference_control(bare, controlled)
     for model in (bare, controlled, reference):
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "inside", watch.inside)
-    for kind in (pack.module("nodes.injection").Injection, ways.ReferenceControl):
-        kind.__call__ = watch.watched(kind.__call__)
+    if not arguments.compile:  # a watch inside the compiled UNet would cut its graph in pieces
+        for kind in (pack.module("nodes.injection").Injection, ways.ReferenceControl):
+            kind.__call__ = watch.watched(kind.__call__)
     comfy.controlnet.ControlNet.get_control = watch.watched(comfy.controlnet.ControlNet.get_control)
     features = controlnext.loaded.features
     all_ways = {"UNet alone": (bare, conds), "ControlNeXt, first run": (controlled, conds),
@@ -203,7 +192,7 @@ def main() -> None:
             order.remove("ControlNeXt, first run")  # it fills the caches for the second
             order.insert(order.index("ControlNeXt, second run"), "ControlNeXt, first run")
         for way in order:
-            with PeakMemory(torch) as memory:
+            with world.PeakMemory() as memory:
                 results = run(way, steps_of(way))
             table[way]["peak_memory"].append(memory.bytes)
             for what in ("seconds", "cpu", "added"):

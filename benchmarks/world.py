@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import ctypes
+import gc
 import json
 import logging
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -25,8 +29,12 @@ DEPTHS = {  # transformer depths of the released UNet, where the tests' one is c
 }
 
 
-def enter() -> None:
-    """Go on in the Python that runs ComfyUI, set up on the first call; ComfyUI can be imported afterwards."""
+def enter(*options: str) -> None:
+    """Go on in the Python that runs ComfyUI, set up on the first call; ComfyUI can be imported afterwards.
+
+    Args:
+        options: of ComfyUI's command line.
+    """
     if INSIDE not in os.environ:
         try:
             python, comfyui = environment.set_up()
@@ -37,9 +45,10 @@ def enter() -> None:
     import torch
     sys.path.insert(1, os.environ["COMFYUI_PATH"])
     base = environment.base_directory(Path(tempfile.mkdtemp(prefix="controlnext-benchmark-")))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
     # PyTorch's attention is ComfyUI's default on a GPU; its default on a CPU would slow the UNet and flatter control
     sys.argv = ["main.py", "--base-directory", str(base), "--use-pytorch-cross-attention",
-                *([] if torch.cuda.is_available() else ["--cpu"])]
+                *([] if torch.cuda.is_available() else ["--cpu"]), *options]
     import comfy.options
     comfy.options.enable_args_parsing()
     _load_package("controlnext_core", REPOSITORY / "controlnext_core")
@@ -77,7 +86,8 @@ class Pack:
         import torch
         cls = self._nodes[node]
         with torch.inference_mode():
-            return getattr(cls, cls.FUNCTION)(**inputs).result[0]
+            outputs = getattr(cls if hasattr(cls, "GET_SCHEMA") else cls(), cls.FUNCTION)(**inputs)
+        return getattr(outputs, "result", outputs)[0]
 
     def controlnext(self, variant: str):
         """A CONTROLNEXT of the light layout (sd15, sdxl and svd) with seeded random weights."""
@@ -108,6 +118,37 @@ def fill(module, generator) -> None:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
         else:
             parameter.fill_(0.5)
+
+
+def give_back_memory() -> None:
+    """Free what is unused, so that it is not used again unseen when memory is measured next."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+class PeakMemory:
+    """The most memory in use above what was in use before, in bytes; of the device, or of the process (Linux alone)."""
+
+    def __enter__(self):
+        import torch
+        self.cuda = torch.cuda if torch.cuda.is_available() else None
+        if self.cuda:
+            self.cuda.reset_peak_memory_stats()
+            self.before = self.cuda.memory_allocated()
+        else:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # the peak starts again
+            self.before = memory_status("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        self.bytes = (self.cuda.max_memory_allocated() if self.cuda else memory_status("VmHWM")) - self.before
+
+
+def memory_status(name: str) -> int:
+    """Bytes of one entry of /proc/self/status, such as VmRSS."""
+    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(name + ":"))
 
 
 def machine() -> dict:

@@ -1,0 +1,128 @@
+"""What full-size UNet weights cost to apply: time, and memory apart into the process's own and mapped files.
+
+    python benchmarks/unet_weights.py --base svd     3 GB that replace every tensor
+    python benchmarks/unet_weights.py --base sdxl    205 MB of differences for 70 layers
+
+The base model and the file are written with random weights in half precision to a temporary folder, by a process of
+its own, and loaded by ComfyUI's own node and by Load ControlNeXt UNet Weights. Linux alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import world
+
+NAME = "unet.safetensors"
+
+
+def write(base: str, models: Path) -> None:
+    """The two files: the base UNet, and what the release of its kind has for it."""
+    import torch
+    from models import unet_model
+    from safetensors.torch import save_file
+
+    from controlnext_core.unet_keys import diffusers_to_ldm
+
+    model = unet_model(base, torch.float16, **world.DEPTHS.get(base, {}))
+    weights = model.model.diffusion_model.state_dict()
+    for weight in weights.values():
+        weight.normal_()
+    save_file({f"model.diffusion_model.{key}": weight for key, weight in weights.items()},
+              models / "diffusion_models" / NAME)
+    names = {key: name for name, key in diffusers_to_ldm(weights).items()}
+    if base == "sdxl":
+        weights = {key: weight for key, weight in weights.items() if "attn2.to_out" in key}
+    for weight in weights.values():
+        weight.mul_(0.02 if base == "sdxl" else 1.02)
+    save_file({names[key]: weight for key, weight in weights.items()}, models / "controlnext" / NAME)
+
+
+class Stage:
+    """Time and memory of one stage: what it takes at most while it runs, and where it ends."""
+
+    def __enter__(self):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak starts again
+        self._done, self._own_peak = threading.Event(), 0
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        self._start, self._cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds, self.cpu_seconds = time.perf_counter() - self._start, time.process_time() - self._cpu
+        self._done.set()
+        self._watcher.join()
+        world.give_back_memory()
+        self.bytes = {"own": world.memory_status("RssAnon"), "own, at most": self._own_peak,
+                      "mapped files": world.memory_status("RssFile"), "all, at most": world.memory_status("VmHWM")}
+
+    def _watch(self):
+        while not self._done.wait(0.005):
+            self._own_peak = max(self._own_peak, world.memory_status("RssAnon"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", choices=("svd", "sdxl"), default="svd")
+    parser.add_argument("--rounds", type=int, default=5, help="of loading and applying, for their time (default: 5)")
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    world.enter("--fp16-unet")  # a GPU's default
+    if arguments.write:
+        write(arguments.base, arguments.write)
+        return
+    import comfy.model_management
+    import folder_paths
+
+    pack = world.Pack()
+    models = Path(folder_paths.models_dir)
+    (models / "diffusion_models").mkdir()
+    subprocess.run([sys.executable, __file__, "--base", arguments.base, "--write", models], check=True)
+    size = {folder: (models / folder / NAME).stat().st_size for folder in ("diffusion_models", "controlnext")}
+    stages = {"begin": Stage(), "base model loaded": Stage(), "Load ControlNeXt UNet Weights": Stage(),
+              "weights applied": Stage()}
+    begin, base_loaded, node, applied = stages.values()
+    with begin:
+        pass
+    with base_loaded:
+        base = pack.run("UNETLoader", unet_name=NAME, weight_dtype="default")
+        comfy.model_management.load_models_gpu([base])
+
+    def load_weights():
+        return pack.run("ControlNeXtUNetLoader", model=base, unet_name=NAME, strength=1.0, mode="auto")
+    with node:
+        model = load_weights()
+    with applied:
+        comfy.model_management.load_models_gpu([model])
+    added, added_cpu = [], []
+    for _ in range(arguments.rounds):
+        comfy.model_management.load_models_gpu([base])
+        start, cpu = time.perf_counter(), time.process_time()
+        model = load_weights()
+        comfy.model_management.load_models_gpu([model])
+        added.append(time.perf_counter() - start)
+        added_cpu.append(time.process_time() - cpu)
+    rows = [[name, f"{stage.seconds:.2f} s", f"{stage.cpu_seconds:.2f} s",
+             *(f"{value / 2 ** 20:.0f} MB" for value in stage.bytes.values())] for name, stage in stages.items()]
+    world.report(f"unet_weights_{arguments.base}",
+                 f"{arguments.base}: a file of {size['controlnext'] / 1e6:.0f} MB on a model of "
+                 f"{size['diffusion_models'] / 1e6:.0f} MB, both float16",
+                 ["after", "time", "CPU time", *begin.bytes], rows,
+                 {"sizes": size, "stages": {name: {"seconds": stage.seconds, "cpu_seconds": stage.cpu_seconds,
+                                                   "bytes": stage.bytes} for name, stage in stages.items()},
+                  "added_seconds": added, "added_cpu_seconds": added_cpu})
+    print(f"Loading the file and applying it to the loaded model, {arguments.rounds} times: median "
+          f"{statistics.median(added):.2f} s ({min(added):.2f} to {max(added):.2f}), CPU time "
+          f"{statistics.median(added_cpu):.2f} s.")
+
+
+if __name__ == "__main__":
+    main()
