@@ -37,17 +37,19 @@ def main() -> None:
                               start_percent=0.0, end_percent=1.0)
         latent = torch.zeros(1, 4, arguments.size // 8, arguments.size // 8)
         sample(controlled, *conds, latent, cfg=3.0, steps=4, seed=run)
+        world.give_back_memory()  # what is left is in use
         resident.append(process.memory_info().rss / 2 ** 20)
         kept.append(controlnext.loaded.features.size / 2 ** 20)
     tail = resident[len(resident) // 4:]  # by then the cache is full
-    slope, _ = statistics.linear_regression(range(len(tail)), tail)
+    slope, start = statistics.linear_regression(range(len(tail)), tail)
+    noise = statistics.stdev(value - start - slope * run for run, value in enumerate(tail))
     rows = [[str(run + 1), f"{resident[run]:.1f} MB", f"{kept[run]:.1f} MB"]
             for run in sorted({0, *range(arguments.runs // 8 - 1, arguments.runs, arguments.runs // 8)})]
     world.report("growth", f"Resident memory over {arguments.runs} queued runs", ["run", "process", "cache"], rows,
-                 {"arguments": vars(arguments), "slope_mb_per_run": slope, "deviation_mb": statistics.stdev(tail),
+                 {"arguments": vars(arguments), "slope_mb_per_run": slope, "noise_mb": noise,
                   "resident_mb": resident, "cache_mb": kept})
-    print(f"From run {len(resident) - len(tail)} on: {slope * 1000:+.1f} MB in 1000 runs, "
-          f"deviation {statistics.stdev(tail):.2f} MB.")
+    print(f"From run {len(resident) - len(tail)} on: {slope * len(tail):+.2f} MB in {len(tail)} runs by the line through "
+          f"them, from which a run deviates by {noise:.2f} MB.")
 
 
 if __name__ == "__main__":
