@@ -48,8 +48,8 @@ def main() -> None:
     world.report("growth", f"Resident memory over {arguments.runs} queued runs", ["run", "process", "cache"], rows,
                  {"arguments": vars(arguments), "slope_mb_per_run": slope, "noise_mb": noise,
                   "resident_mb": resident, "cache_mb": kept})
-    print(f"From run {len(resident) - len(tail)} on: {slope * len(tail):+.2f} MB in {len(tail)} runs by the line through "
-          f"them, from which a run deviates by {noise:.2f} MB.")
+    print(f"From run {len(resident) - len(tail)} on: {slope * len(tail):+.2f} MB in {len(tail)} runs by the line "
+          f"through them, from which a run deviates by {noise:.2f} MB.")
 
 
 if __name__ == "__main__":
