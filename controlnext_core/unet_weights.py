@@ -26,6 +26,8 @@ BASE_MARKS = (
 SAME_COSINE = 0.5
 SAME_SIZE = (0.5, 2.0)
 SAMPLED_TENSORS = 16
+# a ControlNet is half a UNet and names that half alike, and a ControlNeXt model has a time embedding too
+NAMED_ALIKE = ("a full ControlNet", "a ControlNeXt model")
 TINY = 1e-12
 
 
@@ -96,8 +98,7 @@ def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWei
         else:
             tensors[ldm_key] = value
     what = _describe(state_dict)
-    # a ControlNet is half a UNet, and names that half alike
-    if not tensors or what == "a full ControlNet":
+    if not tensors or what.startswith(NAMED_ALIKE):
         raise ValueError(f"{name} holds no UNet weights for the connected MODEL: it is {what}; choose the UNet weights "
                          f"that came with the ControlNeXt model (often called unet.safetensors).")
     wrong = [key for key, value in tensors.items() if tuple(value.shape) != tuple(shapes[key])]

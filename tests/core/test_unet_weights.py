@@ -5,6 +5,7 @@ from controlnext_core.unet_weights import base_of, compare, lora_key, low_rank, 
 
 # a UNet with two levels of one block each, cut down to one tensor of each kind
 SHAPES = {
+    "time_embed.0.weight": (128, 32),
     "input_blocks.0.0.weight": (32, 4, 3, 3),
     "input_blocks.1.0.in_layers.2.weight": (32, 32, 3, 3),
     "input_blocks.1.1.transformer_blocks.0.attn2.to_out.0.weight": (32, 32),
@@ -18,6 +19,7 @@ SHAPES = {
     "out.2.weight": (4, 32, 3, 3),
 }
 DIFFUSERS = {
+    "time_embedding.linear_1.weight": "time_embed.0.weight",
     "conv_in.weight": "input_blocks.0.0.weight",
     "down_blocks.0.resnets.0.conv1.weight": "input_blocks.1.0.in_layers.2.weight",
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0.weight":
@@ -69,8 +71,8 @@ def test_keys_that_the_model_lacks_are_reported():
     (["diffusion_model.input_blocks.0.0.diff"], "a LoRA"),
     (["control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"], "a full ControlNet"),
     (["conv_in.weight", "controlnet_down_blocks.0.weight"], "a full ControlNet"),
-    (["embedding.0.weight", "down_res.0.conv1.weight", "down_sample.0.conv.weight", "mid_convs.1.weight"],
-     "a ControlNeXt model"),
+    (["embedding.0.weight", "down_res.0.conv1.weight", "down_sample.0.conv.weight", "mid_convs.1.weight",
+      "time_embedding.linear_1.weight"], "a ControlNeXt model"),
     (["encoder.conv_in.weight", "decoder.conv_in.weight"], "a VAE"),
     (["double_blocks.0.img_attn.qkv.weight"], "a transformer diffusion model"),
     (["down_blocks.9.resnets.0.temporal_res_block.conv1.weight"], "UNet weights for SVD"),

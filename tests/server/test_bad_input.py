@@ -95,3 +95,43 @@ def test_a_variant_that_does_not_fit_the_file_is_one_sentence(url):
     words = r"variant: svd_mid was chosen, but .* choose auto or sd15 or .*\.$"
     with pytest.raises(comfy_client.ComfyError, match=words):
         load(url, stand_in.CONTROLNEXT, "svd_mid")
+
+
+def svd_unet(path, weights):
+    save_file({"mid_block.resnets.0.temporal_res_block.norm1.bias": torch.zeros(320)}, path.with_suffix(".safetensors"))
+
+
+def control_module(path, weights):
+    save_file(weights, path.with_suffix(".safetensors"))
+
+
+def wrong_unet_shape(path, weights):
+    save_file({"conv_in.weight": torch.zeros(320, 9, 3, 3)}, path.with_suffix(".safetensors"))
+
+
+BAD_UNET_FILES = {zero_length: "is empty", code_in_pickle: "holds more than weights", lora: "a LoRA",
+                  control_module: "a ControlNeXt model", svd_unet: "UNet weights for SVD",
+                  wrong_unet_shape: "tensor input_blocks.0.0.weight has shape [320, 9, 3, 3]"}
+
+
+@pytest.mark.parametrize("make, words", BAD_UNET_FILES.items(), ids=[make.__name__ for make in BAD_UNET_FILES])
+def test_bad_unet_weights_are_one_sentence_in_the_dialog_and_the_next_prompt_runs(url, base, make, words):
+    def apply(name: str) -> dict:
+        return comfy_client.run_graph(url, {
+            "model": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": stand_in.CHECKPOINT}},
+            "load": {"class_type": "ControlNeXtUNetLoader",
+                     "inputs": {"model": ["model", 0], "unet_name": name, "strength": 1.0, "mode": "auto"}},
+            "show": {"class_type": "PreviewAny", "inputs": {"source": ["load", 0]}},
+        })
+    folder = base / "models" / "controlnext"
+    make(folder / f"unet_{make.__name__}", load_file(folder / stand_in.CONTROLNEXT))
+    save_file({"conv_in.bias": torch.zeros(320)}, folder / "unet_good.safetensors")
+    name = next(path.name for path in folder.iterdir() if path.stem == f"unet_{make.__name__}")
+    with pytest.raises(comfy_client.ComfyError) as refused:
+        apply(name)
+    node, input_name, sentence = str(refused.value).split(": ", 2)
+    assert (node, input_name) == ("ControlNeXtUNetLoader", "unet_name")
+    assert name in sentence
+    assert words in sentence
+    assert sentence.endswith(".")
+    assert apply("unet_good.safetensors")["show"]
