@@ -29,8 +29,8 @@ class ReferenceControl:
         options = next(one for one in (*rest, kwargs.get("transformer_options")) if isinstance(one, dict))
         halves = options["cond_or_uncond"]
         dtype = executor.class_obj.get_dtype_inference()
-        images = self.images.to(x.device, dtype)
-        images = images.repeat(len(x) // len(images), 1, 1, 1)
+        self.images = self.images.to(x.device, dtype)
+        images = self.images.repeat(len(x) // len(self.images), 1, 1, 1)
         timesteps = executor.class_obj.model_sampling.timestep(t).float()
         self.features = self.patcher.model(images, timesteps, self.family.stem_padding, self.family.stem_pool)
         gains = torch.tensor([self.gains[half] for half in halves], device=x.device, dtype=dtype)
