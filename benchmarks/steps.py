@@ -34,7 +34,7 @@ def parse_arguments():
     parser.add_argument("--steps", type=int, default=20,
                         help="of the sampling that the first run's image part is spread over (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--steps-per-round", type=int, help="timed for each way (default: 1 on a CPU, 10 on a GPU)")
+    parser.add_argument("--steps-per-round", type=int, help="timed for each way, at least 2 (default: 2, on a GPU 10)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the UNet and the control")
     parser.add_argument("--depth", choices=("full", "cut"), help="of SDXL's transformers")
     parser.add_argument("--compile", action="store_true",
@@ -99,7 +99,7 @@ def main() -> None:
     frames = arguments.frames if base == "svd" else 1
     dtype = getattr(torch, arguments.dtype or ("float16" if cuda else "float32"))
     cut = base == "sdxl" and (arguments.depth or ("full" if cuda else "cut")) == "cut"
-    count = arguments.steps_per_round or (10 if cuda else 1)
+    count = max(2, arguments.steps_per_round or (10 if cuda else 2))  # the first, with the image part, and others
 
     pack = world.Pack()
     watch = Watch(torch)
@@ -163,25 +163,17 @@ def main() -> None:
                                        positive, negative, latent, disable_pbar=True, seed=1)
         return results
 
-    def spread(first: float, later: float) -> float:
-        """A step of a whole first run, the image part spread over its steps."""
-        return (first + (arguments.steps - 1) * later) / arguments.steps
-
-    def per_step(way: str, results: list[dict], what: str) -> float:
-        values = [result[what] for result in results]
-        if way == "ControlNeXt, first run":
-            return spread(values[0], statistics.median(values[1:]))
-        return statistics.median(values)
-
-    def steps_of(way: str) -> int:
-        return max(count, 2) if way == "ControlNeXt, first run" else count
+    def per_step(results: list[dict], what: str) -> float:
+        """A step of a whole sampling: what its first step does more is spread over all."""
+        first, *later = [result[what] for result in results]
+        return (first + (arguments.steps - 1) * statistics.median(later)) / arguments.steps
 
     # One untimed call of each way warms up and counts.
     table, outputs = {}, {}
     for way in all_ways:
-        results = run(way, steps_of(way), flops=not arguments.compile)
+        results = run(way, count, flops=not arguments.compile)
         outputs[way] = results[0]["output"]
-        table[way] = {"flops": None if arguments.compile else per_step(way, results, "flops"),
+        table[way] = {"flops": None if arguments.compile else per_step(results, "flops"),
                       "seconds": [], "cpu": [], "added": [], "peak_memory": []}
     deviation = float((outputs["ControlNeXt, first run"] - outputs["reference's way"]).abs().max()
                       / outputs["reference's way"].std())
@@ -193,10 +185,10 @@ def main() -> None:
             order.insert(order.index("ControlNeXt, second run"), "ControlNeXt, first run")
         for way in order:
             with world.PeakMemory() as memory:
-                results = run(way, steps_of(way))
+                results = run(way, count)
             table[way]["peak_memory"].append(memory.bytes)
             for what in ("seconds", "cpu", "added"):
-                table[way][what].append(per_step(way, results, what))
+                table[way][what].append(per_step(results, what))
         print(f"Round {round_number + 1} of {arguments.rounds}: "
               f"{table['UNet alone']['seconds'][-1]:.3f} s a step of the UNet alone", flush=True)
 
