@@ -13,6 +13,7 @@ import folder_paths
 import pytest
 import torch
 import torch.nn.functional as F
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample
 from models import small_unet
 from safetensors.torch import save_file
 from sampling import cond, sample
@@ -37,7 +38,7 @@ def image():
 
 @pytest.fixture(scope="module")
 def baked(unet, goldens, image):
-    """The expected model: differences in its weights, control from a hook where block 3 gets its input."""
+    """The expected model: differences in its weights, control from a hook behind the first downsampler."""
     model = small_unet("sd15", **MODEL)
     for key, value in differences(model, 0.2).items():
         original(model)[key].add_(value)
@@ -65,7 +66,13 @@ def add_by_hook(model, module, image) -> None:
         normal = F.adaptive_avg_pool2d(normal, x.shape[-2:])
         return (x + normal * x.std((1, 2, 3), keepdim=True) + x.mean((1, 2, 3), keepdim=True), *args[1:])
     model.model.diffusion_model.register_forward_pre_hook(note)
-    model.model.diffusion_model.input_blocks[3][0].register_forward_pre_hook(add)
+    model.model.diffusion_model.input_blocks[first_downsampler(model) + 1][0].register_forward_pre_hook(add)
+
+
+def first_downsampler(model) -> int:
+    """The input block of a UNet of SD1.5's class after which control enters."""
+    blocks = model.model.diffusion_model.input_blocks
+    return next(index for index, block in enumerate(blocks) if isinstance(block[0], Downsample))
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +151,9 @@ def test_without_control_or_without_the_weights_the_result_is_another(unet, bake
 
 def test_deep_shrink_at_the_place_of_control_comes_first(run, unet, baked, with_weights, with_control):
     def shrink(model):
-        return run("PatchModelAddDownscale", model=model, block_number=2, downscale_factor=2.0, start_percent=0.0,
-                   end_percent=1.0, downscale_after_skip=True, downscale_method="bilinear", upscale_method="bilinear")
+        return run("PatchModelAddDownscale", model=model, block_number=first_downsampler(unet), downscale_factor=2.0,
+                   start_percent=0.0, end_percent=1.0, downscale_after_skip=True, downscale_method="bilinear",
+                   upscale_method="bilinear")
     assert_same(sampled(with_control(shrink(with_weights(unet)))), sampled(shrink(baked)))
 
 
