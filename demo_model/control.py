@@ -1,0 +1,46 @@
+"""ControlNeXt for the demonstration's UNet: a narrow module after the first convolution, and a few UNet weights.
+
+The features enter where an SDXL ControlNeXt does: this UNet has one level, so SD1.5's own place does not exist in it.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from controlnext_core.families import FAMILIES
+from controlnext_core.training import add_features, control_features, new_module
+
+FAMILY = FAMILIES["sd15"]
+PLACE = "conv_in"
+WIDTHS = {"stem_0": 32, "stem_1": 32, "width_0": 64, "width_1": 64, "width_2": 128}
+UNET_PATTERN = "to_out"  # the reference's for SD1.5
+LEARNING_RATE, UNET_LEARNING_RATE = 1e-3, 3e-4
+DROPPED_CAPTIONS = 0.3  # more than usual: control is to work without a prompt as well
+
+
+class Controlled(nn.Module):
+    """A UNet and the module that controls it: ``(x, timestep, caption, control image) -> noise``."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet.requires_grad_(False)
+        self.module = new_module(FAMILY, **WIDTHS)
+        self.trained = {name: parameter.requires_grad_(True) for name, parameter in unet.named_parameters()
+                        if re.search(UNET_PATTERN, name)}
+
+    def rates(self) -> list[dict]:
+        return [{"params": list(self.module.parameters()), "lr": LEARNING_RATE},
+                {"params": list(self.trained.values()), "lr": UNET_LEARNING_RATE}]
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, caption: torch.Tensor,
+                image: torch.Tensor) -> torch.Tensor:
+        features = control_features(self.module, FAMILY, image, timestep, x.shape[-2:])
+
+        def add(h: torch.Tensor, options: dict) -> torch.Tensor:
+            return add_features(h, features) if options["block"] == ("input", 0) else h
+
+        return self.unet(x, timesteps=timestep, context=caption,
+                         transformer_options={"patches": {"input_block_patch_after_skip": [add]}})
