@@ -5,35 +5,38 @@ The features enter where an SDXL ControlNeXt does: this UNet has one level, so S
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
 
 from controlnext_core.families import FAMILIES
-from controlnext_core.training import add_features, control_features, new_module
+from controlnext_core.training import UNET_PATTERNS, add_features, control_features, new_module, select_weights
+from controlnext_core.unet_keys import diffusers_to_ldm
 
 FAMILY = FAMILIES["sd15"]
 PLACE = "conv_in"
 WIDTHS = {"stem_0": 32, "stem_1": 32, "width_0": 64, "width_1": 64, "width_2": 128}
-UNET_PATTERN = "to_out"  # the reference's for SD1.5
 LEARNING_RATE, UNET_LEARNING_RATE = 1e-3, 3e-4
 DROPPED_CAPTIONS = 0.3  # more than usual: control is to work without a prompt as well
 
 
 class Controlled(nn.Module):
-    """A UNet and the module that controls it: ``(x, timestep, caption, control image) -> noise``."""
+    """A UNet and the module that controls it: ``(x, timestep, caption, control image) -> noise``.
+
+    Attributes:
+        trained: {diffusers name: the UNet's own name} of the UNet weights that are trained along.
+    """
 
     def __init__(self, unet: nn.Module):
         super().__init__()
         self.unet = unet.requires_grad_(False)
         self.module = new_module(FAMILY, **WIDTHS)
-        self.trained = {name: parameter.requires_grad_(True) for name, parameter in unet.named_parameters()
-                        if re.search(UNET_PATTERN, name)}
+        self.trained = select_weights(diffusers_to_ldm(unet.state_dict()), UNET_PATTERNS[FAMILY.base])
+        for key in self.trained.values():
+            unet.get_parameter(key).requires_grad_(True)
 
     def rates(self) -> list[dict]:
         return [{"params": list(self.module.parameters()), "lr": LEARNING_RATE},
-                {"params": list(self.trained.values()), "lr": UNET_LEARNING_RATE}]
+                {"params": [self.unet.get_parameter(key) for key in self.trained.values()], "lr": UNET_LEARNING_RATE}]
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, caption: torch.Tensor,
                 image: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ def make(folder: Path, share: float) -> None:
     import torch
     import world
     from autoencoder import LEARNING_RATE, Autoencoder, autoencoder_loss, widened
-    from control import DROPPED_CAPTIONS, Controlled
+    from control import DROPPED_CAPTIONS, FAMILY, Controlled
     from denoiser import LEARNING_RATE as UNET_LEARNING_RATE
     from denoiser import Samples, denoising_loss, new_unet
     from loop import train
@@ -45,9 +45,7 @@ def make(folder: Path, share: float) -> None:
     from text import captions_to_contexts
 
     from controlnext_core.canny import canny
-    from controlnext_core.families import FAMILIES
     from controlnext_core.training import reference_files
-    from controlnext_core.unet_keys import diffusers_to_ldm
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {stage: max(1, round(count * share)) for stage, count in STEPS.items()}
@@ -85,15 +83,14 @@ def make(folder: Path, share: float) -> None:
     save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()},
               folder / "emoji_sd15.safetensors")
 
-    ldm_names = diffusers_to_ldm(base)
     for kind, control in (("canny", lambda drawing: canny(drawing)[..., 0] > 0), ("mask", agreement.drawn_region)):
         unet.load_state_dict(base)
         controlled = Controlled(unet).to(device)
         trained = train(controlled, denoising_loss(controlled, samples(control), device, DROPPED_CAPTIONS),
                         controlled.rates(), steps["control"], folder / f"{kind}.pt")
         weights = trained.unet.state_dict()
-        differences = {name: weights[key] - base[key] for name, key in ldm_names.items() if key in controlled.trained}
-        files = reference_files(trained.module.state_dict(), FAMILIES["sd15"], 1.0, differences)
+        differences = {name: weights[key] - base[key] for name, key in controlled.trained.items()}
+        files = reference_files(trained.module.state_dict(), FAMILY, 1.0, differences)
         (folder / kind).mkdir(exist_ok=True)
         for file, (tensors, metadata) in files.items():
             save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()},

@@ -104,9 +104,11 @@ def make_unet_weights(checkpoint: Path, path: Path) -> None:
                    for key in file.keys() if key.startswith(prefix) and "attn2.to_out" in key}, path)
 
 
-def open_page(browser, url: str):
-    """ComfyUI in a window, in English."""
+def open_page(playwright, url: str):
+    """ComfyUI in a window of the Chromium on PATH, in English."""
     import comfy_client
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
     settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False,
                 "Comfy.Minimap.Visible": False, "Comfy.RightSidePanel.IsOpen": False,
                 "LiteGraph.Canvas.MinFontSizeForLOD": 0}
@@ -201,8 +203,7 @@ def run(options) -> None:
         "controlnext": ["train", 0], "filename_prefix": "controlnext/ControlNeXt"}}
     device = ("--cpu",) if demo.needs_cpu_option() else ()
     with comfy_client.running_server(options.comfyui, base, options=device) as url, sync_playwright() as playwright:
-        chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        page = open_page(playwright.chromium.launch(executable_path=chromium, args=list(FLAGS)), url)
+        page = open_page(playwright, url)
         page.evaluate("graph => app.loadApiJson(graph, 'pictures')", graph)
         page.wait_for_timeout(1000)
         page.get_by_test_id("queue-button").click()
@@ -224,15 +225,15 @@ def run(options) -> None:
              DOCS / "ControlNeXtDrawPose" / "picture.jpg")
 
 
-def main() -> None:
-    options = demo.parse_arguments()
+def enter(options, run) -> None:
+    """Call ``run(options)`` in the Python that runs ComfyUI, set up on the first call."""
     if options.comfyui:
         sys.path.append(str(environment.REPOSITORY))
         run(options)
     else:
         python, comfyui = environment.set_up()
-        environment.become(python, [__file__, "--comfyui", str(comfyui), *sys.argv[1:]])
+        environment.become(python, [sys.argv[0], "--comfyui", str(comfyui), *sys.argv[1:]])
 
 
 if __name__ == "__main__":
-    main()
+    enter(demo.parse_arguments(), run)

@@ -17,7 +17,7 @@ import time
 import environment
 
 OLDER_VERSIONS = ("0.24.0", "0.16.3")
-WORKERS = 2  # each with a real ComfyUI and models of up to 5 GB
+WORKERS = 2  # each with a real ComfyUI; together they take up to 18 GB
 
 
 def main() -> int:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import sys
 from pathlib import Path
 
 import demo
@@ -52,7 +50,7 @@ def put_drawing(name: str, repaint: bool, folder: Path) -> str:
 
     from demo_model.agreement import drawn_region
     from demo_model.world import load_world
-    world = load_world(environment.cache_folder())
+    world = load_world(environment.cache_folder() / "demo_model")  # where its training keeps them
     drawing = world.drawings[world.captions.index(name)]
     alpha = np.full(drawing.shape[:2], 255, np.uint8)
     if repaint:
@@ -151,8 +149,7 @@ def prompts(url: str) -> dict[str, dict]:
     """{workflow: its API graph, as the frontend makes it of the file}."""
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
-        chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        page = pictures.open_page(playwright.chromium.launch(executable_path=chromium, args=list(pictures.FLAGS)), url)
+        page = pictures.open_page(playwright, url)
         graphs = {}
         for workflow in DRAWINGS:
             graph = json.loads((EXAMPLES / f"{workflow}.json").read_text(encoding="utf-8"))
@@ -190,15 +187,5 @@ def run(options: argparse.Namespace) -> None:
     poses(3, 2).save(EXAMPLES / "SVD Long Pose Video.jpg", quality=88)
 
 
-def main() -> None:
-    options = parse_arguments()
-    if options.comfyui:
-        sys.path.append(str(environment.REPOSITORY))
-        run(options)
-    else:
-        python, comfyui = environment.set_up()
-        environment.become(python, [__file__, "--comfyui", str(comfyui), *sys.argv[1:]])
-
-
 if __name__ == "__main__":
-    main()
+    pictures.enter(parse_arguments(), run)
