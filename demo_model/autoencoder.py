@@ -64,13 +64,18 @@ def autoencoder_loss(model: Autoencoder, images: torch.Tensor) -> Callable[[torc
     return loss_of_batch
 
 
-def widened(model: Autoencoder, latent_deviation: float) -> dict[str, torch.Tensor]:
-    """A state dict of TAESD's full width that computes exactly the same: the added channels are zeros throughout.
+def narrow_vae(model: Autoencoder, latent_deviation: float) -> dict[str, torch.Tensor]:
+    """The VAE's tensors for a file: `model` and what the UNet's latents are to the encoder's.
 
     Args:
         latent_deviation: of the encoder's latents; the UNet gets them divided by it.
     """
-    full = {name: torch.zeros_like(tensor) for name, tensor in TAESD().state_dict().items()}
-    for name, tensor in model.state_dict().items():
-        full[name][tuple(slice(side) for side in tensor.shape)] = tensor.cpu()
-    return full | {"vae_scale": torch.tensor(latent_deviation * SD15_SCALE), "vae_shift": torch.tensor(0.0)}
+    return model.state_dict() | {"vae_scale": torch.tensor(latent_deviation * SD15_SCALE), "vae_shift": torch.tensor(0.0)}
+
+
+def widened(narrow: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """TAESD's state dict that computes exactly what ``narrow_vae`` does: the added channels are zeros throughout."""
+    full = {name: torch.zeros_like(tensor, dtype=torch.float16) for name, tensor in TAESD().state_dict().items()}
+    for name, tensor in narrow.items():
+        full[name][tuple(slice(side) for side in tensor.shape)] = tensor
+    return full

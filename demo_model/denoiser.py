@@ -17,8 +17,8 @@ UNET = {
     "use_spatial_transformer": True, "channel_mult": (1,), "num_res_blocks": (1,), "transformer_depth": [1],
     "transformer_depth_output": [0, 0], "transformer_depth_middle": -2,
 }
-BATCH = 32
-LEARNING_RATE = 4e-4
+BATCH = 16
+LEARNING_RATE = 8e-4
 DROPPED_CAPTIONS = 0.1
 SNR_LIMIT = 5.0  # min-SNR weighting (arXiv 2303.09556)
 # SD1.5's schedule: share of signal left at each of its timesteps

@@ -17,12 +17,15 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyU
 
 import environment  # noqa: E402
 
-STEPS = {"autoencoder": 12000, "unet": 40000, "control": 10000}
-VARIATIONS = 16  # of each drawing
+STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 5000, "canny": 2500, "mask": 2500}
+VARIATIONS = 8  # of each drawing
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stages", nargs="*", choices=[[], *STEPS], metavar="STAGE",
+                        help=f"what to train, of {', '.join(STEPS)} (default: all in turn); needs those before it, but "
+                             f"only the pictures need the decoder")
     parser.add_argument("--folder", type=Path, help="for what is made (default: demo_model in the cache folder)")
     parser.add_argument("--share", type=float, default=1.0, help="of the steps, for a trial (default: 1)")
     # Set when the script runs again in the Python that runs ComfyUI.
@@ -30,72 +33,106 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make(folder: Path, share: float) -> None:
-    """Run every stage that is not done yet, and write the weights into `folder`."""
-    import agreement
-    import numpy as np
-    import torch
-    import world
-    from autoencoder import LEARNING_RATE, Autoencoder, autoencoder_loss, widened
-    from control import DROPPED_CAPTIONS, FAMILY, Controlled
-    from denoiser import LEARNING_RATE as UNET_LEARNING_RATE
-    from denoiser import Samples, denoising_loss, new_unet
-    from loop import train
-    from safetensors.torch import save_file
-    from text import captions_to_contexts
+class Making:
+    """The stages of the training in `folder`. Each takes what it needs from the stages before it, which are done."""
 
-    from controlnext_core.canny import canny
-    from controlnext_core.training import reference_files
+    def __init__(self, folder: Path, share: float):
+        import torch
+        import world
+        self.folder = folder
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.steps = {stage: max(1, round(count * share)) for stage, count in STEPS.items()}
+        self.world = world.load_world(folder)
+        self.images = world.to_images(self.world.drawings)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {stage: max(1, round(count * share)) for stage, count in STEPS.items()}
-    drawn = world.load_world(folder)
-    images = world.to_images(drawn.drawings)
+    def train(self, stage: str, model, loss_of_batch, rates: list[dict]):
+        from loop import train
+        return train(model, loss_of_batch, rates, self.steps[stage], self.folder / f"{stage}.pt")
 
-    torch.manual_seed(0)
-    autoencoder = Autoencoder().to(device, memory_format=torch.channels_last)
-    autoencoder = train(autoencoder, autoencoder_loss(autoencoder, images[drawn.training].to(device)),
-                        [{"params": list(autoencoder.parameters()), "lr": LEARNING_RATE}], steps["autoencoder"],
-                        folder / "autoencoder.pt")
+    def autoencoder(self):
+        """Encoder and decoder together; with the encoder the latents are settled."""
+        import torch
+        from autoencoder import LEARNING_RATE, Autoencoder, autoencoder_loss
+        torch.manual_seed(0)
+        model = Autoencoder().to(self.device, memory_format=torch.channels_last)
+        return self.train("autoencoder", model, autoencoder_loss(model, self.images[self.world.training].to(self.device)),
+                          [{"params": list(model.parameters()), "lr": LEARNING_RATE}])
 
-    variations = world.draw_variations(len(images) * VARIATIONS, torch.Generator().manual_seed(0))
-    varied = [world.vary(image.expand(VARIATIONS, -1, -1, -1), maps)
-              for image, maps in zip(images, variations.split(VARIATIONS), strict=True)]
-    with torch.no_grad():
-        latents = torch.stack([autoencoder.taesd_encoder(batch.to(device)).cpu() for batch in varied])
-    deviation = latents.std().item()
-    if not (folder / "contexts.pt").exists():
-        torch.save(captions_to_contexts([*drawn.captions, ""]), folder / "contexts.pt")
-    contexts = torch.load(folder / "contexts.pt", weights_only=True)
+    def decoder(self):
+        """The decoder alone, further."""
+        from autoencoder import LEARNING_RATE, autoencoder_loss
+        model = self.autoencoder()
+        model.taesd_decoder.requires_grad_(True)
+        return self.train("decoder", model, autoencoder_loss(model, self.images[self.world.training].to(self.device)),
+                          [{"params": list(model.taesd_decoder.parameters()), "lr": LEARNING_RATE / 2}])
 
-    def samples(control=None) -> Samples:
+    def varied(self) -> list:
+        """The drawings' variations, a tensor (VARIATIONS, 3, H, W) for each."""
+        import torch
+        import world
+        maps = world.draw_variations(len(self.images) * VARIATIONS, torch.Generator().manual_seed(0))
+        return [world.vary(image.expand(VARIATIONS, -1, -1, -1), maps)
+                for image, maps in zip(self.images, maps.split(VARIATIONS), strict=True)]
+
+    def samples(self, control=None) -> tuple:
+        """(what the UNet is trained on, the deviation of the encoder's latents)."""
+        import numpy as np
+        import torch
+        from denoiser import Samples
+        from text import captions_to_contexts
+        from world import to_drawings
+        encoder, varied = self.autoencoder().taesd_encoder, self.varied()
+        with torch.no_grad():
+            latents = torch.stack([encoder(batch.to(self.device)).cpu() for batch in varied])
+        deviation = latents.std().item()
+        if not (self.folder / "contexts.pt").exists():
+            torch.save(captions_to_contexts([*self.world.captions, ""]), self.folder / "contexts.pt")
+        contexts = torch.load(self.folder / "contexts.pt", weights_only=True)
         controls = control and torch.stack([
-            torch.from_numpy(np.stack([control(drawing) for drawing in world.to_drawings(batch)])) for batch in varied])
-        return Samples(latents / deviation, contexts, controls, drawn)
+            torch.from_numpy(np.stack([control(drawing) for drawing in to_drawings(batch)])) for batch in varied])
+        return Samples(latents / deviation, contexts, controls, self.world), deviation
 
-    unet = new_unet().to(device)
-    unet = train(unet, denoising_loss(lambda x, timestep, caption, _: unet(x, timesteps=timestep, context=caption),
-                                      samples(), device),
-                 [{"params": list(unet.parameters()), "lr": UNET_LEARNING_RATE}], steps["unet"], folder / "unet.pt")
-    base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in base.items()}
-    tensors |= {f"first_stage_model.{name}": tensor for name, tensor in widened(autoencoder, deviation).items()}
-    save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()},
-              folder / "emoji_sd15.safetensors")
+    def unet(self):
+        """The denoiser; writes the checkpoint with the decoder as far as it is."""
+        from autoencoder import narrow_vae
+        from denoiser import LEARNING_RATE, denoising_loss, new_unet
+        samples, deviation = self.samples()
+        unet = new_unet().to(self.device)
+        loss = denoising_loss(lambda x, timestep, caption, _: unet(x, timesteps=timestep, context=caption), samples,
+                              self.device)
+        unet = self.train("unet", unet, loss, [{"params": list(unet.parameters()), "lr": LEARNING_RATE}])
+        tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.state_dict().items()}
+        tensors |= {f"first_stage_model.{name}": tensor for name, tensor in narrow_vae(self.decoder(), deviation).items()}
+        self.save(tensors, "checkpoint.safetensors")
+        return unet
 
-    for kind, control in (("canny", lambda drawing: canny(drawing)[..., 0] > 0), ("mask", agreement.drawn_region)):
-        unet.load_state_dict(base)
-        controlled = Controlled(unet).to(device)
-        trained = train(controlled, denoising_loss(controlled, samples(control), device, DROPPED_CAPTIONS),
-                        controlled.rates(), steps["control"], folder / f"{kind}.pt")
+    def canny(self) -> None:
+        from controlnext_core.canny import canny
+        self.control("canny", lambda drawing: canny(drawing)[..., 0] > 0)
+
+    def mask(self) -> None:
+        from agreement import drawn_region
+        self.control("mask", drawn_region)
+
+    def control(self, kind: str, control) -> None:
+        from control import DROPPED_CAPTIONS, FAMILY, Controlled
+        from denoiser import denoising_loss
+
+        from controlnext_core.training import reference_files
+        unet = self.unet()
+        base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+        controlled = Controlled(unet).to(self.device)
+        loss = denoising_loss(controlled, self.samples(control)[0], self.device, DROPPED_CAPTIONS)
+        trained = self.train(kind, controlled, loss, controlled.rates())
         weights = trained.unet.state_dict()
         differences = {name: weights[key] - base[key] for name, key in controlled.trained.items()}
-        files = reference_files(trained.module.state_dict(), FAMILY, 1.0, differences)
-        (folder / kind).mkdir(exist_ok=True)
-        for file, (tensors, metadata) in files.items():
-            save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()},
-                      folder / kind / file, metadata)
-    print(f"Written to {folder}")
+        for file, (tensors, metadata) in reference_files(trained.module.state_dict(), FAMILY, 1.0, differences).items():
+            self.save(tensors, f"{kind}_{file}", metadata)
+
+    def save(self, tensors: dict, file: str, metadata: dict | None = None) -> None:
+        from safetensors.torch import save_file
+        save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, self.folder / file,
+                  metadata)
 
 
 def main() -> None:
@@ -107,7 +144,10 @@ def main() -> None:
         sys.argv = [sys.argv[0], *([] if torch.cuda.is_available() else ["--cpu"])]
         import comfy.options
         comfy.options.enable_args_parsing()
-        make(folder, options.share)
+        making = Making(folder, options.share)
+        for stage in options.stages or STEPS:
+            getattr(making, stage)()
+        print(f"Written to {folder}")
     else:
         python, comfyui = environment.set_up()
         environment.become(python, [__file__, "--comfyui", str(comfyui), *sys.argv[1:]])

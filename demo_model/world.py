@@ -66,9 +66,9 @@ def draw_variations(count: int, generator: torch.Generator) -> torch.Tensor:
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
 
-    angle, zoom = uniform(-math.pi / 15, math.pi / 15), 1 / uniform(0.8, 1.05)
+    angle, zoom = uniform(-math.pi / 30, math.pi / 30), 1 / uniform(0.85, 1.05)
     mirror = (torch.rand(count, generator=generator) < 0.5).float() * 2 - 1
-    shift_x, shift_y = uniform(-0.1, 0.1), uniform(-0.1, 0.1)
+    shift_x, shift_y = uniform(-0.06, 0.06), uniform(-0.06, 0.06)
     rows = [torch.stack([mirror * zoom * angle.cos(), -mirror * zoom * angle.sin(), shift_x], 1),
             torch.stack([zoom * angle.sin(), zoom * angle.cos(), shift_y], 1)]
     return torch.stack(rows, 1)
