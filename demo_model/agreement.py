@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-PAPER = 235  # what is darker than this in any channel is drawn on
+PAPER = 20  # how far in any channel a pixel may be from the paper's colour to count as paper
 
 
 def edge_f1(edges: np.ndarray, control: np.ndarray) -> float:
@@ -27,11 +27,13 @@ def iou(region: np.ndarray, control: np.ndarray) -> float:
 
 
 def drawn_region(rgb: np.ndarray) -> np.ndarray:
-    """Where a picture (H, W, 3) uint8 is not the white paper around the drawing: (H, W) bool.
+    """Where a picture (H, W, 3) uint8 is not the paper around the drawing: (H, W) bool.
 
-    White parts inside a drawing belong to it.
+    The paper has the border's median colour; parts of that colour inside a drawing belong to the drawing.
     """
-    paper = np.pad((rgb.min(axis=2) >= PAPER).astype(np.uint8), 1, constant_values=1)
+    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    like_paper = np.abs(rgb - np.median(border, axis=0)).max(axis=2) <= PAPER
+    paper = np.pad(like_paper.astype(np.uint8), 1, constant_values=1)
     cv2.floodFill(paper, None, (0, 0), 2)
     return paper[1:-1, 1:-1] != 2
 

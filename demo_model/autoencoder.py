@@ -70,7 +70,8 @@ def narrow_vae(model: Autoencoder, latent_deviation: float) -> dict[str, torch.T
     Args:
         latent_deviation: of the encoder's latents; the UNet gets them divided by it.
     """
-    return model.state_dict() | {"vae_scale": torch.tensor(latent_deviation * SD15_SCALE), "vae_shift": torch.tensor(0.0)}
+    scale = torch.tensor(latent_deviation * SD15_SCALE)
+    return model.state_dict() | {"vae_scale": scale, "vae_shift": torch.tensor(0.0)}
 
 
 def widened(narrow: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from controlnext_core.families import FAMILIES
-from controlnext_core.training import UNET_PATTERNS, add_features, control_features, new_module, select_weights
+from controlnext_core.training import add_features, control_features, new_module, select_weights
 from controlnext_core.unet_keys import diffusers_to_ldm
 
 FAMILY = FAMILIES["sd15"]
 PLACE = "conv_in"
+# what the reference trains of SD1.5, and the convolution that meets the features, since so small a UNet has one chance
+UNET_PATTERN = r"to_out|down_blocks.*conv1"
 WIDTHS = {"stem_0": 32, "stem_1": 32, "width_0": 64, "width_1": 64, "width_2": 128}
 LEARNING_RATE, UNET_LEARNING_RATE = 1e-3, 3e-4
 DROPPED_CAPTIONS = 0.3  # more than usual: control is to work without a prompt as well
@@ -30,7 +32,7 @@ class Controlled(nn.Module):
         super().__init__()
         self.unet = unet.requires_grad_(False)
         self.module = new_module(FAMILY, **WIDTHS)
-        self.trained = select_weights(diffusers_to_ldm(unet.state_dict()), UNET_PATTERNS[FAMILY.base])
+        self.trained = select_weights(diffusers_to_ldm(unet.state_dict()), UNET_PATTERN)
         for key in self.trained.values():
             unet.get_parameter(key).requires_grad_(True)
 

@@ -17,7 +17,7 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyU
 
 import environment  # noqa: E402
 
-STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 5000, "canny": 2500, "mask": 2500}
+STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 5000, "checkpoint": 0, "canny": 2500, "mask": 2500}
 VARIATIONS = 8  # of each drawing
 
 
@@ -26,7 +26,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("stages", nargs="*", choices=[[], *STEPS], metavar="STAGE",
                         help=f"what to train, of {', '.join(STEPS)} (default: all in turn); needs those before it, but "
                              f"only the pictures need the decoder")
-    parser.add_argument("--folder", type=Path, help="for what is made (default: demo_model in the cache folder)")
+    parser.add_argument("--folder", type=Path, help="for its state (default: demo_model in the cache folder)")
+    parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights",
+                        help="folder for what is made (default: %(default)s)")
     parser.add_argument("--share", type=float, default=1.0, help="of the steps, for a trial (default: 1)")
     # Set when the script runs again in the Python that runs ComfyUI.
     parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)
@@ -36,10 +38,10 @@ def parse_arguments() -> argparse.Namespace:
 class Making:
     """The stages of the training in `folder`. Each takes what it needs from the stages before it, which are done."""
 
-    def __init__(self, folder: Path, share: float):
+    def __init__(self, folder: Path, weights: Path, share: float):
         import torch
         import world
-        self.folder = folder
+        self.folder, self.weights = folder, weights
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.steps = {stage: max(1, round(count * share)) for stage, count in STEPS.items()}
         self.world = world.load_world(folder)
@@ -49,13 +51,17 @@ class Making:
         from loop import train
         return train(model, loss_of_batch, rates, self.steps[stage], self.folder / f"{stage}.pt")
 
+    def seen(self):
+        """The images that training may see."""
+        return self.images[self.world.training].to(self.device)
+
     def autoencoder(self):
         """Encoder and decoder together; with the encoder the latents are settled."""
         import torch
         from autoencoder import LEARNING_RATE, Autoencoder, autoencoder_loss
         torch.manual_seed(0)
         model = Autoencoder().to(self.device, memory_format=torch.channels_last)
-        return self.train("autoencoder", model, autoencoder_loss(model, self.images[self.world.training].to(self.device)),
+        return self.train("autoencoder", model, autoencoder_loss(model, self.seen()),
                           [{"params": list(model.parameters()), "lr": LEARNING_RATE}])
 
     def decoder(self):
@@ -63,7 +69,7 @@ class Making:
         from autoencoder import LEARNING_RATE, autoencoder_loss
         model = self.autoencoder()
         model.taesd_decoder.requires_grad_(True)
-        return self.train("decoder", model, autoencoder_loss(model, self.images[self.world.training].to(self.device)),
+        return self.train("decoder", model, autoencoder_loss(model, self.seen()),
                           [{"params": list(model.taesd_decoder.parameters()), "lr": LEARNING_RATE / 2}])
 
     def varied(self) -> list:
@@ -93,18 +99,24 @@ class Making:
         return Samples(latents / deviation, contexts, controls, self.world), deviation
 
     def unet(self):
-        """The denoiser; writes the checkpoint with the decoder as far as it is."""
-        from autoencoder import narrow_vae
+        """The denoiser."""
         from denoiser import LEARNING_RATE, denoising_loss, new_unet
         samples, deviation = self.samples()
         unet = new_unet().to(self.device)
         loss = denoising_loss(lambda x, timestep, caption, _: unet(x, timesteps=timestep, context=caption), samples,
                               self.device)
-        unet = self.train("unet", unet, loss, [{"params": list(unet.parameters()), "lr": LEARNING_RATE}])
-        tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.state_dict().items()}
-        tensors |= {f"first_stage_model.{name}": tensor for name, tensor in narrow_vae(self.decoder(), deviation).items()}
-        self.save(tensors, "checkpoint.safetensors")
-        return unet
+        return self.train("unet", unet, loss, [{"params": list(unet.parameters()), "lr": LEARNING_RATE}])
+
+    def checkpoint(self) -> None:
+        """Write UNet and VAE, and the drawings that they never saw."""
+        from autoencoder import narrow_vae
+        from world import save_held_out
+        _, deviation = self.samples()
+        tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in self.unet().state_dict().items()}
+        vae = narrow_vae(self.decoder(), deviation)
+        tensors |= {f"first_stage_model.{name}": tensor for name, tensor in vae.items()}
+        self.save(tensors, "drawings.safetensors")
+        save_held_out(self.world, self.weights)
 
     def canny(self) -> None:
         from controlnext_core.canny import canny
@@ -131,7 +143,8 @@ class Making:
 
     def save(self, tensors: dict, file: str, metadata: dict | None = None) -> None:
         from safetensors.torch import save_file
-        save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, self.folder / file,
+        self.weights.mkdir(exist_ok=True)
+        save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, self.weights / file,
                   metadata)
 
 
@@ -144,10 +157,10 @@ def main() -> None:
         sys.argv = [sys.argv[0], *([] if torch.cuda.is_available() else ["--cpu"])]
         import comfy.options
         comfy.options.enable_args_parsing()
-        making = Making(folder, options.share)
+        making = Making(folder, options.weights, options.share)
         for stage in options.stages or STEPS:
             getattr(making, stage)()
-        print(f"Written to {folder}")
+        print(f"The weights are in {options.weights}")
     else:
         python, comfyui = environment.set_up()
         environment.become(python, [__file__, "--comfyui", str(comfyui), *sys.argv[1:]])

@@ -54,6 +54,22 @@ def load_world(folder: Path) -> World:
     return World(np.stack(drawings), captions, held_out)
 
 
+def save_held_out(world: World, folder: Path) -> None:
+    """Write the held-out drawings as one picture, 8 in a row, and their captions, a line each."""
+    drawings = world.drawings[world.held_out].reshape(-1, 8, SIZE, SIZE, 3)
+    sheet = drawings.transpose(0, 2, 1, 3, 4).reshape(-1, 8 * SIZE, 3)
+    cv2.imwrite(str(folder / "held_out.png"), sheet[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    captions = [world.captions[index] for index in world.held_out]
+    (folder / "held_out.txt").write_text("\n".join(captions) + "\n", encoding="utf-8", newline="\n")
+
+
+def load_held_out(folder: Path) -> tuple[np.ndarray, list[str]]:
+    """The held-out drawings (HELD_OUT, SIZE, SIZE, 3), uint8 RGB, and their captions, from ``save_held_out``'s files."""
+    sheet = cv2.imread(str(folder / "held_out.png"))[..., ::-1]
+    drawings = sheet.reshape(-1, SIZE, 8, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, SIZE, SIZE, 3)
+    return drawings, (folder / "held_out.txt").read_text(encoding="utf-8").splitlines()
+
+
 def on_white(bgra: np.ndarray) -> np.ndarray:
     """A drawing with transparency (H, W, 4) on white paper, as RGB (SIZE, SIZE, 3)."""
     alpha = bgra[..., 3:].astype(np.float32) / 255
