@@ -82,12 +82,13 @@ class Pack:
         return sys.modules[f"{root}.{name}"]
 
     def run(self, node: str, **inputs):
-        """The first output of a node."""
+        """The output of a node, or all of them where it has several."""
         import torch
         cls = self._nodes[node]
         with torch.inference_mode():
             outputs = getattr(cls if hasattr(cls, "GET_SCHEMA") else cls(), cls.FUNCTION)(**inputs)
-        return getattr(outputs, "result", outputs)[0]
+        outputs = getattr(outputs, "result", outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def controlnext(self, variant: str):
         """A CONTROLNEXT of the light layout (sd15, sdxl and svd) with seeded random weights."""

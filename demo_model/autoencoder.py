@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from comfy.taesd.taesd import TAESD, Block, Clamp, conv
-from loop import initialise
 from torch import nn
-from world import draw_variations, vary
+
+from demo_model.loop import initialise
+from demo_model.world import draw_variations, vary
 
 WIDTH = 32
 BATCH, CROP = 16, 64  # pictures, pixels on a side

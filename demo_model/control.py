@@ -24,14 +24,18 @@ DROPPED_CAPTIONS = 0.3  # more than usual: control is to work without a prompt a
 class Controlled(nn.Module):
     """A UNet and the module that controls it: ``(x, timestep, caption, control image) -> noise``.
 
+    Args:
+        zero_convolution: add the features through a convolution that begins as zeros, without cross normalization.
+
     Attributes:
         trained: {diffusers name: the UNet's own name} of the UNet weights that are trained along.
     """
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: nn.Module, zero_convolution: bool = False):
         super().__init__()
         self.unet = unet.requires_grad_(False)
-        self.module = new_module(FAMILY, **WIDTHS)
+        self.zero_convolution = zero_convolution
+        self.module = new_module(FAMILY, zero_convolution=zero_convolution, **WIDTHS)
         self.trained = select_weights(diffusers_to_ldm(unet.state_dict()), UNET_PATTERN)
         for key in self.trained.values():
             unet.get_parameter(key).requires_grad_(True)
@@ -42,10 +46,12 @@ class Controlled(nn.Module):
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, caption: torch.Tensor,
                 image: torch.Tensor) -> torch.Tensor:
-        features = control_features(self.module, FAMILY, image, timestep, x.shape[-2:])
+        features = control_features(self.module, FAMILY, image, timestep, x.shape[-2:], self.zero_convolution)
 
         def add(h: torch.Tensor, options: dict) -> torch.Tensor:
-            return add_features(h, features) if options["block"] == ("input", 0) else h
+            if options["block"] != ("input", 0):
+                return h
+            return add_features(h, features, zero_convolution=self.zero_convolution)
 
         return self.unet(x, timesteps=timestep, context=caption,
                          transformer_options={"patches": {"input_block_patch_after_skip": [add]}})

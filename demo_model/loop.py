@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 SAVE_EVERY = 250  # steps
-WARM_UP = 200  # steps
+WARM_UP = 0.04  # share of the steps, the first ones, in which the learning rate rises
 DECAY = 0.3  # share of the steps, the last ones, in which the learning rate falls to zero
 MAX_GRADIENT_NORM = 1.0
 
@@ -26,13 +26,16 @@ def initialise(model: nn.Module) -> None:
 
 
 def train(model: nn.Module, loss_of_batch: Callable[[torch.Generator], torch.Tensor], rates: list[dict],
-          steps: int, file: Path, average: float = 0.999) -> nn.Module:
+          steps: int, file: Path, average: float = 0.999, save_every: int = SAVE_EVERY,
+          watch: Callable[[int, nn.Module], None] | None = None) -> nn.Module:
     """Train `model` down `loss_of_batch`, from the state in `file` on where there is one.
 
     Args:
         loss_of_batch: draws a batch with the CPU generator that it gets, seeded by the step, and gives its loss.
         rates: AdamW's parameter groups.
         average: decay of the moving average.
+        save_every: steps between two savings of the state.
+        watch: gets the step and the moving average whenever the state is to be saved, and before the first step.
 
     Returns:
         The moving average of `model`.
@@ -48,9 +51,11 @@ def train(model: nn.Module, loss_of_batch: Callable[[torch.Generator], torch.Ten
         optimizer.load_state_dict(state["optimizer"])
         averaged.load_state_dict(state["averaged"])
         first = state["step"]
+    if watch and not first:
+        watch(0, averaged.module)
     start, losses = time.monotonic(), []
     for step in range(first, steps):
-        share = min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
+        share = min(1.0, (step + 1) / (WARM_UP * steps), (steps - step) / (DECAY * steps))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
         loss = loss_of_batch(torch.Generator().manual_seed(step))
@@ -60,10 +65,12 @@ def train(model: nn.Module, loss_of_batch: Callable[[torch.Generator], torch.Ten
         optimizer.step()
         averaged.update_parameters(model)
         losses.append(loss.detach())
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or step + 1 == steps:
             print(f"{file.stem}: step {step + 1} of {steps}, {time.monotonic() - start:.0f} s, loss "
                   f"{torch.stack(losses).mean().item():.4f}", flush=True)
             losses.clear()
+            if watch:
+                watch(step + 1, averaged.module)
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "averaged": averaged.state_dict(), "step": step + 1}, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)

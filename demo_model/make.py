@@ -18,7 +18,6 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyU
 import environment  # noqa: E402
 
 STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 5000, "checkpoint": 0, "canny": 2500, "mask": 2500}
-VARIATIONS = 8  # of each drawing
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,25 +39,27 @@ class Making:
 
     def __init__(self, folder: Path, weights: Path, share: float):
         import torch
-        import world
+
+        from demo_model import world
         self.folder, self.weights = folder, weights
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.steps = {stage: max(1, round(count * share)) for stage, count in STEPS.items()}
         self.world = world.load_world(folder)
-        self.images = world.to_images(self.world.drawings)
 
     def train(self, stage: str, model, loss_of_batch, rates: list[dict]):
-        from loop import train
+        from demo_model.loop import train
         return train(model, loss_of_batch, rates, self.steps[stage], self.folder / f"{stage}.pt")
 
     def seen(self):
         """The images that training may see."""
-        return self.images[self.world.training].to(self.device)
+        from demo_model.world import to_images
+        return to_images(self.world.drawings[self.world.training]).to(self.device)
 
     def autoencoder(self):
         """Encoder and decoder together; with the encoder the latents are settled."""
         import torch
-        from autoencoder import LEARNING_RATE, Autoencoder, autoencoder_loss
+
+        from demo_model.autoencoder import LEARNING_RATE, Autoencoder, autoencoder_loss
         torch.manual_seed(0)
         model = Autoencoder().to(self.device, memory_format=torch.channels_last)
         return self.train("autoencoder", model, autoencoder_loss(model, self.seen()),
@@ -66,41 +67,20 @@ class Making:
 
     def decoder(self):
         """The decoder alone, further."""
-        from autoencoder import LEARNING_RATE, autoencoder_loss
+        from demo_model.autoencoder import LEARNING_RATE, autoencoder_loss
         model = self.autoencoder()
         model.taesd_decoder.requires_grad_(True)
         return self.train("decoder", model, autoencoder_loss(model, self.seen()),
                           [{"params": list(model.taesd_decoder.parameters()), "lr": LEARNING_RATE / 2}])
 
-    def varied(self) -> list:
-        """The drawings' variations, a tensor (VARIATIONS, 3, H, W) for each."""
-        import torch
-        import world
-        maps = world.draw_variations(len(self.images) * VARIATIONS, torch.Generator().manual_seed(0))
-        return [world.vary(image.expand(VARIATIONS, -1, -1, -1), maps)
-                for image, maps in zip(self.images, maps.split(VARIATIONS), strict=True)]
-
     def samples(self, control=None) -> tuple:
         """(what the UNet is trained on, the deviation of the encoder's latents)."""
-        import numpy as np
-        import torch
-        from denoiser import Samples
-        from text import captions_to_contexts
-        from world import to_drawings
-        encoder, varied = self.autoencoder().taesd_encoder, self.varied()
-        with torch.no_grad():
-            latents = torch.stack([encoder(batch.to(self.device)).cpu() for batch in varied])
-        deviation = latents.std().item()
-        if not (self.folder / "contexts.pt").exists():
-            torch.save(captions_to_contexts([*self.world.captions, ""]), self.folder / "contexts.pt")
-        contexts = torch.load(self.folder / "contexts.pt", weights_only=True)
-        controls = control and torch.stack([
-            torch.from_numpy(np.stack([control(drawing) for drawing in to_drawings(batch)])) for batch in varied])
-        return Samples(latents / deviation, contexts, controls, self.world), deviation
+        from demo_model.samples import prepare
+        return prepare(self.world, self.folder, self.autoencoder().taesd_encoder, self.device, control)
 
     def unet(self):
         """The denoiser."""
-        from denoiser import LEARNING_RATE, denoising_loss, new_unet
+        from demo_model.denoiser import LEARNING_RATE, denoising_loss, new_unet
         samples, deviation = self.samples()
         unet = new_unet().to(self.device)
         loss = denoising_loss(lambda x, timestep, caption, _: unet(x, timesteps=timestep, context=caption), samples,
@@ -109,8 +89,8 @@ class Making:
 
     def checkpoint(self) -> None:
         """Write UNet and VAE, and the drawings that they never saw."""
-        from autoencoder import narrow_vae
-        from world import save_held_out
+        from demo_model.autoencoder import narrow_vae
+        from demo_model.world import save_held_out
         _, deviation = self.samples()
         tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in self.unet().state_dict().items()}
         vae = narrow_vae(self.decoder(), deviation)
@@ -123,14 +103,13 @@ class Making:
         self.control("canny", lambda drawing: canny(drawing)[..., 0] > 0)
 
     def mask(self) -> None:
-        from agreement import drawn_region
+        from demo_model.agreement import drawn_region
         self.control("mask", drawn_region)
 
     def control(self, kind: str, control) -> None:
-        from control import DROPPED_CAPTIONS, FAMILY, Controlled
-        from denoiser import denoising_loss
-
         from controlnext_core.training import reference_files
+        from demo_model.control import DROPPED_CAPTIONS, FAMILY, Controlled
+        from demo_model.denoiser import denoising_loss
         unet = self.unet()
         base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
         controlled = Controlled(unet).to(self.device)

@@ -64,7 +64,7 @@ def save_held_out(world: World, folder: Path) -> None:
 
 
 def load_held_out(folder: Path) -> tuple[np.ndarray, list[str]]:
-    """The held-out drawings (HELD_OUT, SIZE, SIZE, 3), uint8 RGB, and their captions, from ``save_held_out``'s files."""
+    """The held-out drawings (HELD_OUT, SIZE, SIZE, 3), uint8 RGB, and their captions."""
     sheet = cv2.imread(str(folder / "held_out.png"))[..., ::-1]
     drawings = sheet.reshape(-1, SIZE, 8, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, SIZE, SIZE, 3)
     return drawings, (folder / "held_out.txt").read_text(encoding="utf-8").splitlines()

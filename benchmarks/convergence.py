@@ -1,0 +1,196 @@
+"""How fast control appears: ControlNeXt, the same module with a zero convolution, and a ControlNet.
+
+    python benchmarks/convergence.py [cross|zero|controlnet ...]
+
+All train on the demonstration's base model, on its drawings, for as many steps: edges to drawing. On the way each draws
+the held-out drawings, and Canny edges of what it drew are compared with its control (demo_model/agreement.py).
+The paper (arXiv 2408.06070) claims that control appears sooner with cross normalization than with a zero convolution.
+Without arguments it trains what is not trained yet, and writes results/convergence.json and .png.
+"""
+
+from __future__ import annotations
+
+import time
+
+import world
+
+STEPS, EVERY = 1000, 100
+DRAWINGS, SAMPLING_STEPS, SEED = 32, 10, 1
+LABELS = {"cross": "ControlNeXt, cross normalization", "zero": "ControlNeXt, zero convolution",
+          "controlnet": "ControlNet, copied encoder"}
+
+
+def new_controlnet(unet):
+    """ComfyUI's ControlNet with the encoder of `unet` copied; without a middle block, as this UNet has none."""
+    import torch
+    from comfy.cldm.cldm import ControlNet
+    from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
+
+    from demo_model.denoiser import UNET
+    from demo_model.loop import initialise
+    net = ControlNet(**UNET, hint_channels=3, dtype=torch.float32)
+    net.middle_block = TimestepEmbedSequential()
+    initialise(net)
+    net.load_state_dict(unet.state_dict(), strict=False)
+    for zero in (*net.zero_convs, net.middle_block_out, net.input_hint_block[-1]):
+        for parameter in zero.parameters():
+            torch.nn.init.zeros_(parameter)
+    return net
+
+
+def controlled(kind: str, unet):
+    """A model ``(x, timestep, caption, control image) -> noise`` and AdamW's parameter groups for it."""
+    from torch import nn
+
+    from demo_model.control import LEARNING_RATE, UNET_LEARNING_RATE, Controlled
+    if kind != "controlnet":
+        model = Controlled(unet, zero_convolution=kind == "zero")
+        return model, model.rates()
+
+    class WithControlNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet, self.net = unet.requires_grad_(False), new_controlnet(unet)
+
+        def forward(self, x, timestep, caption, image):
+            control = self.net(x, image, timestep, caption)
+            return self.unet(x, timesteps=timestep, context=caption, control=control)
+
+    model = WithControlNet()
+    copied = {name for name, _ in unet.named_parameters()}
+    groups = [{"params": [value for name, value in model.net.named_parameters() if (name in copied) == copies],
+               "lr": UNET_LEARNING_RATE if copies else LEARNING_RATE} for copies in (False, True)]
+    return model, groups
+
+
+def load_base(weights):
+    """The base model's (UNet, autoencoder, deviation of its latents) from its file."""
+    from safetensors.torch import load_file
+
+    from demo_model.autoencoder import SD15_SCALE, Autoencoder
+    from demo_model.denoiser import new_unet
+    tensors = {name: tensor.float() for name, tensor in load_file(weights / "drawings.safetensors").items()}
+
+    def part(prefix: str) -> dict:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    unet, autoencoder, vae = new_unet(), Autoencoder(), part("first_stage_model.")
+    deviation = vae.pop("vae_scale").item() / SD15_SCALE
+    del vae["vae_shift"]
+    autoencoder.load_state_dict(vae)
+    unet.load_state_dict(part("model.diffusion_model."))
+    return unet, autoencoder.eval().requires_grad_(False), deviation
+
+
+def draw(model, captions, images, autoencoder, deviation: float):
+    """Pictures (N, 3, H, W) in [0, 1] of a model that predicts noise: DPM-Solver++ in SAMPLING_STEPS, no guidance."""
+    import torch
+    from comfy.k_diffusion.sampling import get_sigmas_karras, sample_dpmpp_2m
+    from comfy.model_sampling import ModelSamplingDiscrete
+    schedule = ModelSamplingDiscrete()
+    sigmas = get_sigmas_karras(SAMPLING_STEPS, schedule.sigma_min.item(), schedule.sigma_max.item())
+    device = autoencoder.taesd_decoder[1].weight.device
+
+    def denoise(x, sigma):
+        scaled = x / (sigma ** 2 + 1).sqrt().view(-1, 1, 1, 1)
+        with torch.autocast(device.type, torch.bfloat16):
+            noise = model(scaled, schedule.timestep(sigma).float().to(device), captions, images)
+        return x - sigma.view(-1, 1, 1, 1) * noise.float()
+
+    size = images.shape[-1] // 8
+    noise = torch.randn(len(images), 4, size, size, generator=torch.Generator().manual_seed(SEED)).to(device)
+    with torch.no_grad():
+        latents = sample_dpmpp_2m(denoise, noise * sigmas[0], sigmas.to(device), disable=True)
+        return autoencoder.taesd_decoder(latents * deviation).clamp(0, 1)
+
+
+def learn(kind: str, folder, weights) -> dict:
+    """Train one kind; returns its curve of agreement, its parameters and its seconds a step."""
+    import torch
+
+    from controlnext_core.canny import canny
+    from demo_model.agreement import edge_f1
+    from demo_model.control import DROPPED_CAPTIONS
+    from demo_model.denoiser import denoising_loss
+    from demo_model.loop import train
+    from demo_model.samples import as_image, prepare
+    from demo_model.world import load_world, to_drawings
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unet, autoencoder, deviation = load_base(weights)
+    autoencoder = autoencoder.to(device)
+    drawn = load_world(folder)
+
+    def edges(drawing):
+        return canny(drawing)[..., 0] > 0
+
+    samples, _ = prepare(drawn, folder, autoencoder.taesd_encoder, device, edges)
+    torch.manual_seed(0)
+    model, rates = controlled(kind, unet)
+    model.to(device)
+    held_out = drawn.held_out[:DRAWINGS]
+    controls = [edges(drawing) for drawing in drawn.drawings[held_out]]
+    images = as_image(torch.stack([torch.from_numpy(control) for control in controls])).to(device)
+    captions = samples.captions[held_out].float().to(device)
+    curve, spent, since = {}, 0.0, time.monotonic()
+
+    def watch(step: int, averaged) -> None:
+        nonlocal spent, since
+        spent += time.monotonic() - since
+        pictures = to_drawings(draw(averaged, captions, images, autoencoder, deviation))
+        found = [edge_f1(edges(picture), control) for picture, control in zip(pictures, controls, strict=True)]
+        curve[step] = sum(found) / len(found)
+        print(f"{kind}: step {step}, F1 {curve[step]:.3f}", flush=True)
+        since = time.monotonic()
+
+    train(model, denoising_loss(model, samples, device, DROPPED_CAPTIONS), rates, STEPS,
+          folder / f"convergence_{kind}.pt", average=0.98, save_every=EVERY, watch=watch)
+    return {"f1": curve, "parameters": sum(value.numel() for group in rates for value in group["params"]),
+            "seconds a step": spent / STEPS}
+
+
+def plot(curves: dict[str, dict], path) -> None:
+    """The curves of agreement over steps as a picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for kind, result in curves.items():
+        axes.plot([int(step) for step in result["f1"]], list(result["f1"].values()), label=LABELS[kind], marker=".")
+    axes.set(xlabel="training steps", ylabel=f"F1 of edges, {DRAWINGS} held-out drawings")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    import argparse
+    import json
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"train anew, of {', '.join(LABELS)}; then no report")
+    options = parser.parse_args()
+    if unknown := set(options.kinds) - set(LABELS):
+        parser.error(f"{min(unknown)} is none of {', '.join(LABELS)}")
+    world.enter()
+    import sys
+    sys.path.append(str(world.REPOSITORY))  # last, since ComfyUI has a module `nodes` of its own
+    folder = world.environment.cache_folder() / "demo_model"
+    files = {kind: folder / f"convergence_{kind}.json" for kind in LABELS}
+    for kind, file in files.items():
+        if kind in options.kinds or not (options.kinds or file.exists()):
+            file.with_suffix(".pt").unlink(missing_ok=True)
+            result = learn(kind, folder, world.REPOSITORY / "demo_model" / "weights")
+            file.write_text(json.dumps(result | {"machine": world.machine()}), encoding="utf-8")
+    if options.kinds:
+        return
+    curves = {kind: json.loads(file.read_text(encoding="utf-8")) for kind, file in files.items()}
+    steps = list(curves["cross"]["f1"])
+    rows = [[LABELS[kind], f"{result['parameters'] / 1e6:.2f} million", f"{result['seconds a step']:.2f}",
+             *(f"{result['f1'][step]:.3f}" for step in steps)] for kind, result in curves.items()]
+    world.report("convergence", f"F1 of edges of {DRAWINGS} held-out drawings over training steps",
+                 ["", "trained parameters", "seconds a step", *steps], rows, {"curves": curves})
+    plot(curves, world.FOLDER / "results" / "convergence.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""How well the demonstration's pictures follow their control, sampled in ComfyUI with its own nodes.
+
+``run(node, **inputs)`` executes a node and returns its output, or all of them where it has several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from demo_model.agreement import drawn_region, edge_f1, iou
+from demo_model.world import SIZE
+
+SAMPLER = {"steps": 12, "cfg": 3.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
+BATCH = 16
+CHECKPOINT, LORA = "drawings.safetensors", "drawings_style_lora.safetensors"
+
+
+class Demonstration:
+    """The trained model in ComfyUI, drawing for the given captions.
+
+    Args:
+        drawings: (N, SIZE, SIZE, 3) uint8 RGB, what the control images are made of.
+        captions: N prompts.
+    """
+
+    def __init__(self, run: Callable, drawings: np.ndarray, captions: list[str]):
+        self.run, self.drawings = run, drawings
+        self.model, self.clip, self.vae = run("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
+        self.prompts = [run("CLIPTextEncode", clip=self.clip, text=caption) for caption in ("", *captions)]
+        self.images = torch.from_numpy(drawings).float() / 255
+
+    def edges(self, pictures: torch.Tensor) -> np.ndarray:
+        """Where ControlNeXt Canny finds edges in an IMAGE: (N, H, W) bool."""
+        found = self.run("ControlNeXtCanny", image=pictures, threshold="auto", low_threshold=100, high_threshold=200)
+        return found[..., 0].numpy() > 0.5
+
+    def regions(self, pictures: torch.Tensor) -> np.ndarray:
+        """Where an IMAGE is drawn on: (N, H, W) bool."""
+        return np.stack([drawn_region(picture) for picture in (pictures * 255).round().byte().numpy()])
+
+    def controlled(self, kind: str, controls: np.ndarray, strength: float, model=None):
+        """A MODEL under control, a picture of the batch for each of (N, H, W) bool."""
+        model = self.run("ControlNeXtUNetLoader", model=model or self.model, mode="auto", strength=1.0,
+                            unet_name=f"drawings_{kind}_unet.safetensors")
+        controlnext = self.run("ControlNeXtLoader", controlnext_name=f"drawings_{kind}_controlnet.safetensors",
+                                  variant="auto")
+        image = torch.from_numpy(controls).float()[..., None].expand(-1, -1, -1, 3)
+        return self.run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=strength,
+                        start_percent=0.0, end_percent=1.0, inject_at="conv_in")
+
+    def styled(self):
+        """The MODEL with the style LoRA."""
+        return self.run("LoraLoader", model=self.model, clip=self.clip, lora_name=LORA, strength_model=1.0,
+                        strength_clip=0.0)[0]
+
+    def draw(self, seed: int, kind: str = "", controls: np.ndarray | None = None, strength: float = 1.0,
+             model=None) -> torch.Tensor:
+        """An IMAGE of N pictures by the captions, without control where there are no `controls`."""
+        pictures = []
+        for first in range(0, len(self.images), BATCH):
+            rows = slice(first, first + BATCH)
+            controlled = model or self.model
+            if controls is not None:
+                controlled = self.controlled(kind, controls[rows], strength, model)
+            context = torch.cat([prompt[0][0] for prompt in self.prompts[1:][rows]])
+            latent = self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(context))
+            latent = self.run("KSampler", model=controlled, positive=[[context, {}]], negative=self.prompts[0],
+                                 latent_image=latent, seed=seed * 1000 + first, **SAMPLER)
+            pictures.append(self.run("VAEDecode", samples=latent, vae=self.vae))
+        return torch.cat(pictures)
+
+    def ceiling(self) -> torch.Tensor:
+        """What the VAE makes of the drawings themselves."""
+        latent = self.run("VAEEncode", pixels=self.images, vae=self.vae)
+        return self.run("VAEDecode", samples=latent, vae=self.vae)
+
+
+def agreements(found: np.ndarray, controls: np.ndarray, kind: str) -> float:
+    """Mean agreement of what pictures show with their controls, both (N, H, W) bool: F1 for canny, IoU for mask."""
+    measure = {"canny": edge_f1, "mask": iou}[kind]
+    return float(np.mean([measure(*pair) for pair in zip(found, controls, strict=True)]))
