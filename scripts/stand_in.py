@@ -88,20 +88,27 @@ def provide(comfyui: Path, models: Path) -> None:
         subprocess.run([sys.executable, __file__, comfyui, models], check=True)
 
 
-def make(comfyui: Path, models: Path) -> None:
-    """Write both files into ComfyUI's models folder `models`."""
-    from safetensors.torch import save_file
+def load_comfyui(comfyui: Path) -> None:
+    """Make ComfyUI's modules ones that this process can import, on the CPU."""
     sys.path.insert(0, str(comfyui))
     sys.argv = [sys.argv[0], "--cpu"]
     import comfy.options
     comfy.options.enable_args_parsing()
-    for path, shapes in (
-        (models / "checkpoints" / CHECKPOINT, checkpoint_shapes()),
-        (models / "controlnext" / CONTROLNEXT, controlnext_shapes()),
-    ):
-        partial = path.with_suffix(".partial")
-        save_file(random_weights(shapes, seed=0), partial)
-        partial.replace(path)
+
+
+def save(tensors: dict, path: Path) -> None:
+    """Write a weight file, which is whole when it has its name."""
+    from safetensors.torch import save_file
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def make(comfyui: Path, models: Path) -> None:
+    """Write both files into ComfyUI's models folder `models`."""
+    load_comfyui(comfyui)
+    save(random_weights(checkpoint_shapes(), seed=0), models / "checkpoints" / CHECKPOINT)
+    save(random_weights(controlnext_shapes(), seed=0), models / "controlnext" / CONTROLNEXT)
 
 
 if __name__ == "__main__":
