@@ -8,7 +8,7 @@ Sets up ComfyUI and its Python environment on the first call (environment.py), s
     LoadImage -> ControlNeXtCanny ----------------------->+
     ControlNeXtLoader ----------------------------------->+
 
-through its HTTP interface. Without --checkpoint and --controlnext it makes weights of random numbers (stand_in.py).
+through its HTTP interface. Without --checkpoint and --controlnext the project's own small model draws (demo_model).
 """
 
 from __future__ import annotations
@@ -18,31 +18,48 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import environment
+
+# What is sampled by default: with the project's own model, which knows drawings of this size by short names, and with
+# a given one.
+OWN = {"prompt": "hot beverage", "negative": "", "size": (96, 96), "steps": 20, "cfg": 3.0}
+GIVEN = {"prompt": "a cup of coffee, oil painting", "negative": "blurry, low quality", "size": (512, 512), "steps": 20,
+         "cfg": 7.0}
+CUP = (155, 5, 465, 315)  # where it is in scikit-image's photograph of coffee; its edges read well even when small
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Samples a picture under the control of a photograph's edges, in a "
                                                  "real ComfyUI that is set up on the first call.")
-    parser.add_argument("--checkpoint", type=existing_file, metavar="FILE", help="an SD1.5 or SDXL checkpoint")
+    parser.add_argument("--checkpoint", type=existing_file, metavar="FILE",
+                        help="an SD1.5 or SDXL checkpoint (default: the project's own small model of drawings)")
     parser.add_argument("--controlnext", type=existing_file, metavar="FILE", help="a ControlNeXt model for it")
     parser.add_argument("--unet-weights", type=existing_file, metavar="FILE", help="the UNet weights that came with it")
-    parser.add_argument("--image", type=existing_file, metavar="FILE", help="a photograph (default: an astronaut's)")
-    parser.add_argument("--prompt", default="a portrait of an astronaut, oil painting")
-    parser.add_argument("--negative", default="blurry, low quality", metavar="PROMPT")
-    parser.add_argument("--size", type=parse_size, default=(512, 512), metavar="WIDTHxHEIGHT",
-                        help="of the picture, multiples of 8 (default: 512x512)")
-    parser.add_argument("--steps", type=int, help="of the sampler (default: 20, with random weights 8)")
-    parser.add_argument("--cfg", type=float, default=7.0)
+    parser.add_argument("--image", type=existing_file, metavar="FILE",
+                        help="a photograph or a drawing (default: a cup of coffee)")
+    parser.add_argument("--prompt", help=f"(default: {OWN['prompt']}; with a given checkpoint: {GIVEN['prompt']})")
+    parser.add_argument("--negative", metavar="PROMPT", help=f"(default: none; {GIVEN['negative']})")
+    parser.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT",
+                        help="of the picture, multiples of 8 (default: 96x96; 512x512)")
+    parser.add_argument("--steps", type=int, help=f"of the sampler (default: {OWN['steps']}; {GIVEN['steps']})")
+    parser.add_argument("--cfg", type=float, help=f"(default: {OWN['cfg']:g}; {GIVEN['cfg']:g})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strength", type=float, default=1.0, help="of the control; 0 is off")
     parser.add_argument("--port", type=int, default=0, help="of the server (default: any free one)")
     parser.add_argument("--keep-open", action="store_true", help="leave the server running for a browser until Ctrl+C")
     # Set when the script runs again in the Python that runs ComfyUI.
     parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if bool(options.checkpoint) != bool(options.controlnext) or (options.unet_weights and not options.checkpoint):
+        parser.error("--checkpoint and --controlnext belong together, --unet-weights only to them; give both, or none "
+                     "for the project's own model")
+    for name, value in (GIVEN if options.checkpoint else OWN).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def existing_file(text: str) -> Path:
@@ -60,7 +77,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def main_job(checkpoint: str, controlnext: str, image: str, *, size: tuple[int, int], steps: int, prompt: str = "",
              negative: str = "", cfg: float = 7.0, seed: int = 0, strength: float = 1.0,
-             unet_weights: str | None = None) -> dict:
+             unet_weights: str | None = None, inject_at: str = "auto") -> dict:
     """The graph of the main job in ComfyUI's API format: files by the names in its lists, `size` as (width, height)."""
     width, height = size
 
@@ -74,7 +91,7 @@ def main_job(checkpoint: str, controlnext: str, image: str, *, size: tuple[int, 
         "edges": node("ControlNeXtCanny", image=["photo", 0], threshold="auto", low_threshold=100, high_threshold=200),
         "show_edges": node("PreviewImage", images=["edges", 0]),
         "apply": node("ControlNeXtApply", model=["checkpoint", 0], controlnext=["controlnext", 0], image=["edges", 0],
-                      strength=strength, start_percent=0.0, end_percent=1.0),
+                      strength=strength, start_percent=0.0, end_percent=1.0, inject_at=inject_at),
         "positive": node("CLIPTextEncode", clip=["checkpoint", 1], text=prompt),
         "negative": node("CLIPTextEncode", clip=["checkpoint", 1], text=negative),
         "latent": node("EmptyLatentImage", width=width, height=height, batch_size=1),
@@ -92,20 +109,24 @@ def main_job(checkpoint: str, controlnext: str, image: str, *, size: tuple[int, 
 
 
 def put_photo(image: Path | None, size: tuple[int, int], folder: Path) -> Path:
-    """Cut the photograph (None: the astronaut's in scikit-image) to `size` and save it in ComfyUI's input folder."""
+    """Cut the photograph (None: the cup in scikit-image's) to `size` and save it in ComfyUI's input folder.
+
+    What is transparent in a drawing becomes white paper.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError
     try:
         if image is None:
             from skimage import data
-            photo = Image.fromarray(data.astronaut())
+            photo = Image.fromarray(data.coffee()).crop(CUP)
         else:
-            photo = ImageOps.exif_transpose(Image.open(image)).convert("RGB")
+            photo = ImageOps.exif_transpose(Image.open(image))
     except ImportError as error:
         raise ValueError("The default photograph is scikit-image's, which this Python lacks; give --image.") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"--image: {image} is not a picture that can be read.") from error
+    paper = Image.new("RGBA", photo.size, "white")
     path = folder / "controlnext_demo.png"
-    ImageOps.fit(photo, size).save(path)
+    ImageOps.fit(Image.alpha_composite(paper, photo.convert("RGBA")).convert("RGB"), size).save(path)
     return path
 
 
@@ -123,6 +144,29 @@ def put_weights(file: Path, folder: Path) -> str:
         except OSError:
             shutil.copyfile(file, place)
     return str(place.relative_to(folder))
+
+
+def files_for_job(options: argparse.Namespace, models: Path) -> dict[str, str | None]:
+    """Put the weights into ComfyUI's models folder `models`; returns what main_job needs to know of them."""
+    if options.checkpoint:
+        return {"checkpoint": put_weights(options.checkpoint, models / "checkpoints"),
+                "controlnext": put_weights(options.controlnext, models / "controlnext"),
+                "unet_weights": options.unet_weights and put_weights(options.unet_weights, models / "controlnext")}
+    from demo_model import provide
+    from demo_model.control import PLACE
+    print("Without --checkpoint and --controlnext the project's own small model draws. It knows drawings of animals, "
+          "food and things at 96x96 pixels.", flush=True)
+    provide.provide(options.comfyui, models)
+    return {"checkpoint": provide.CHECKPOINT, "controlnext": provide.CANNY, "unet_weights": provide.CANNY_UNET,
+            "inject_at": PLACE}
+
+
+def prepare_job(options: argparse.Namespace, base: Path) -> tuple[dict, Path]:
+    """The graph that the options ask for, and the photograph that it reads; their files are in ComfyUI's folders."""
+    photo = put_photo(options.image, options.size, base / "input")
+    return main_job(**files_for_job(options, base / "models"), image=photo.name, size=options.size, steps=options.steps,
+                    prompt=options.prompt, negative=options.negative, cfg=options.cfg, seed=options.seed,
+                    strength=options.strength), photo
 
 
 def show_progress(graph: dict):
@@ -144,14 +188,16 @@ def image_path(base: Path, shown: dict) -> Path:
     return base / image["type"] / image["subfolder"] / image["filename"]
 
 
-def save_side_by_side(pictures: list[Path], path: Path) -> None:
-    """Save pictures of one size as one, from left to right."""
+def save_side_by_side(photo: Path, edges: Path, picture: Path, path: Path) -> None:
+    """Save three pictures of one size as one, from left to right; small ones are enlarged."""
     from PIL import Image
-    opened = [Image.open(picture).convert("RGB") for picture in pictures]
-    width, height = opened[0].size
-    row = Image.new("RGB", (width * len(opened), height))
-    for index, picture in enumerate(opened):
-        row.paste(picture, (width * index, 0))
+    width, height = Image.open(photo).size
+    scale = max(1, 384 // width)
+    row = Image.new("RGB", (3 * width * scale, height * scale))
+    for index, file in enumerate((photo, edges, picture)):
+        resampling = Image.Resampling.NEAREST if file == edges else Image.Resampling.BICUBIC
+        enlarged = Image.open(file).convert("RGB").resize((width * scale, height * scale), resampling)
+        row.paste(enlarged, (width * scale * index, 0))
     row.save(path)
 
 
@@ -163,25 +209,8 @@ def needs_cpu_option() -> bool:
 
 def run(options: argparse.Namespace) -> None:
     import comfy_client
-    import stand_in
     base = environment.base_directory(environment.cache_folder() / "base")
-    checkpoint, controlnext = stand_in.CHECKPOINT, stand_in.CONTROLNEXT
-    if not (options.checkpoint and options.controlnext):
-        print("Without both --checkpoint and --controlnext, random numbers take the place of the missing weights: the "
-              "picture shows that control goes from the photograph through a real ComfyUI into the sampling, but is no "
-              "drawing.", flush=True)
-        stand_in.provide(options.comfyui, base / "models")
-    if options.checkpoint:
-        checkpoint = put_weights(options.checkpoint, base / "models" / "checkpoints")
-    if options.controlnext:
-        controlnext = put_weights(options.controlnext, base / "models" / "controlnext")
-    unet_weights = options.unet_weights and put_weights(options.unet_weights, base / "models" / "controlnext")
-    photo = put_photo(options.image, options.size, base / "input")
-    steps = options.steps or (20 if options.checkpoint else 8)
-    graph = main_job(checkpoint, controlnext, photo.name, size=options.size, steps=steps, prompt=options.prompt,
-                     negative=options.negative, cfg=options.cfg, seed=options.seed, strength=options.strength,
-                     unet_weights=unet_weights)
-
+    graph, photo = prepare_job(options, base)
     print("Starting ComfyUI ...", flush=True)
     device = ("--cpu",) if needs_cpu_option() else ()
     with comfy_client.running_server(options.comfyui, base, options.port, device) as url:
@@ -189,7 +218,7 @@ def run(options: argparse.Namespace) -> None:
         outputs = comfy_client.run_graph(url, graph, show_progress(graph))
         picture, edges = image_path(base, outputs["save"]), image_path(base, outputs["show_edges"])
         side_by_side = picture.with_name(f"{picture.stem}side_by_side.png")
-        save_side_by_side([photo, edges, picture], side_by_side)
+        save_side_by_side(photo, edges, picture, side_by_side)
         print(f"Picture: {picture}\nPhotograph, edges and picture side by side: {side_by_side}", flush=True)
         if options.keep_open:
             print(f"ComfyUI is open at {url} until Ctrl+C; drop the picture there to see the graph.", flush=True)
@@ -197,15 +226,16 @@ def run(options: argparse.Namespace) -> None:
                 time.sleep(1)
 
 
-def main() -> None:
-    options = parse_arguments()
+def enter(options: argparse.Namespace, run: Callable[[argparse.Namespace], None]) -> None:
+    """Call ``run(options)`` in the Python that runs ComfyUI, set up on the first call; errors are one sentence."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
     try:
         if options.comfyui:
+            sys.path.append(str(environment.REPOSITORY))
             run(options)
         else:
             python, comfyui = environment.set_up()
-            environment.become(python, [__file__, "--comfyui", str(comfyui), *sys.argv[1:]])
+            environment.become(python, [sys.argv[0], "--comfyui", str(comfyui), *sys.argv[1:]])
     except (RuntimeError, ValueError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
@@ -213,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(parse_arguments(), run)
