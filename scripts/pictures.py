@@ -2,8 +2,7 @@
 
     python scripts/pictures.py [the options of demo.py]
 
-Needs Chromium on PATH. Without --checkpoint and --controlnext the weights are random (stand_in.py), and the README's
-graph ends in a picture of noise.
+Needs Chromium on PATH.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -27,7 +25,6 @@ LAYOUT = {  # of the main job: left, top, width, height
     "positive": (1140, 0, 330, 130), "negative": (1140, 180, 330, 130), "latent": (1140, 360, 330, 106),
     "sample": (1520, 0, 300, 262), "decode": (1520, 310, 300, 46), "save": (1520, 405, 300, 385),
 }
-UNET_WEIGHTS = "stand_in_unet_sd15.safetensors"
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync")
 READY = "() => !!(window.app?.graph && window.LiteGraph?.registered_node_types.ControlNeXtApply)"
@@ -92,18 +89,6 @@ def save_row(pictures: list, captions: list[str], path: Path) -> None:
     row.save(path, quality=88)
 
 
-def make_unet_weights(checkpoint: Path, path: Path) -> None:
-    """Random differences for the checkpoint, under the names that the training of the SDXL releases chooses."""
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-    prefix = "model.diffusion_model."
-    generator = torch.Generator().manual_seed(0)
-    with safe_open(checkpoint, "pt") as file:
-        save_file({key.removeprefix(prefix): torch.randn(file.get_slice(key).get_shape(), generator=generator) * 1e-3
-                   for key in file.keys() if key.startswith(prefix) and "attn2.to_out" in key}, path)
-
-
 def open_page(playwright, url: str):
     """ComfyUI in a window of the Chromium on PATH, in English."""
     import comfy_client
@@ -141,9 +126,9 @@ def photograph_graph(page, path: Path) -> None:
     page.screenshot(path=path, type="jpeg", quality=85, clip={"x": 60, "y": 84, "width": 1500, "height": 690})
 
 
-def photograph_error(page, graph: dict, path: Path) -> None:
+def photograph_error(page, graph: dict, unet_weights: str, path: Path) -> None:
     """What the page says when UNet weights are chosen where a ControlNeXt model belongs."""
-    graph["controlnext"]["inputs"]["controlnext_name"] = UNET_WEIGHTS
+    graph["controlnext"]["inputs"]["controlnext_name"] = unet_weights
     page.evaluate("graph => app.loadApiJson(graph, 'wrong file')", graph)
     page.wait_for_timeout(1000)
     page.get_by_test_id("queue-button").click()
@@ -173,31 +158,31 @@ def photograph_nodes(page, nodes: dict[str, str]) -> None:
 
 def run(options) -> None:
     import comfy_client
+    import numpy as np
     import stand_in
     from PIL import Image
     from playwright.sync_api import sync_playwright
+
+    from controlnext_core.canny import canny
+    from demo_model import provide
     README.mkdir(exist_ok=True)
     base = environment.base_directory(environment.cache_folder() / "base")
-    models = base / "models"
-    stand_in.provide(options.comfyui, models)
-    make_unet_weights(models / "checkpoints" / stand_in.CHECKPOINT, models / "controlnext" / UNET_WEIGHTS)
-    checkpoint, controlnext, unet_weights = stand_in.CHECKPOINT, stand_in.CONTROLNEXT, UNET_WEIGHTS
-    if options.checkpoint and options.controlnext:
-        checkpoint = demo.put_weights(options.checkpoint, models / "checkpoints")
-        controlnext = demo.put_weights(options.controlnext, models / "controlnext")
-        unet_weights = options.unet_weights and demo.put_weights(options.unet_weights, models / "controlnext")
-    photo = demo.put_photo(options.image, options.size, base / "input")
-    graph = demo.main_job(checkpoint, controlnext, photo.name, size=options.size, steps=options.steps or 4,
-                          prompt=options.prompt, negative=options.negative, cfg=options.cfg, seed=options.seed,
-                          strength=options.strength, unet_weights=unet_weights)
+    photo = Image.open(demo.put_photo(options.image, (512, 512), base / "input")).convert("RGB")
+    save_row([photo, Image.fromarray(canny(np.array(photo)))], ["image", "ControlNeXt Canny"],
+             DOCS / "ControlNeXtCanny" / "picture.jpg")
+    graph, _ = demo.prepare_job(options, base)
+    for make in (provide, stand_in):
+        make.provide(options.comfyui, base / "models")
     graph["apply"]["inputs"]["end_percent"] = 0.8
     graph["lora"] = {"class_type": "ControlNeXtSaveAsLoRA", "inputs": {
-        "unet_name": UNET_WEIGHTS, "model": ["checkpoint", 0], "filename_prefix": "loras/ControlNeXt", "rank": 0}}
+        "unet_name": provide.CANNY_UNET, "model": ["checkpoint", 0], "filename_prefix": "loras/ControlNeXt", "rank": 0}}
+    # the project's own model has no place where training for SD1.5 adds control
+    graph["stand_in"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": stand_in.CHECKPOINT}}
     graph["small"] = {"class_type": "ImageScale", "inputs": {
         "image": ["photo", 0], "upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}}
-    graph["latents"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["small", 0], "vae": ["checkpoint", 2]}}
+    graph["latents"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["small", 0], "vae": ["stand_in", 2]}}
     graph["train"] = {"class_type": "ControlNeXtTrain", "inputs": {
-        "model": ["checkpoint", 0], "latents": ["latents", 0], "conditioning": ["positive", 0], "images": ["small", 0],
+        "model": ["stand_in", 0], "latents": ["latents", 0], "conditioning": ["positive", 0], "images": ["small", 0],
         "steps": 4, "training_dtype": "fp32", "gradient_checkpointing": False, "preview_every": 0}}
     graph["saved"] = {"class_type": "ControlNeXtSave", "inputs": {
         "controlnext": ["train", 0], "filename_prefix": "controlnext/ControlNeXt"}}
@@ -209,13 +194,11 @@ def run(options) -> None:
         page.get_by_test_id("queue-button").click()
         page.wait_for_function("() => ['save', 'lora', 'saved'].every(id => app.nodeOutputs[id])", timeout=600_000)
         page.wait_for_timeout(3000)  # the pictures on the nodes, and the message that the run is over
-        edges = Image.open(demo.image_path(base, page.evaluate("() => app.nodeOutputs.show_edges"))).convert("RGB")
         photograph_nodes(page, {"controlnext": "ControlNeXtLoader", "apply": "ControlNeXtApply",
                                 "unet_weights": "ControlNeXtUNetLoader", "lora": "ControlNeXtSaveAsLoRA",
                                 "train": "ControlNeXtTrain", "saved": "ControlNeXtSave"})
         photograph_graph(page, README / "graph.jpg")
-        photograph_error(page, graph, README / "error.jpg")
-    save_row([Image.open(photo), edges], ["image", "ControlNeXt Canny"], DOCS / "ControlNeXtCanny" / "picture.jpg")
+        photograph_error(page, graph, provide.CANNY_UNET, README / "error.jpg")
     reference = person((144, 300), 370)
     dance = [person((110, 350), 240, raised=raised) for raised in (0, .5)]
     save_row(draw([reference, dance[1], aligned(dance, reference)[1]]), ["reference", "keypoints: a frame", "aligned"],
@@ -225,15 +208,5 @@ def run(options) -> None:
              DOCS / "ControlNeXtDrawPose" / "picture.jpg")
 
 
-def enter(options, run) -> None:
-    """Call ``run(options)`` in the Python that runs ComfyUI, set up on the first call."""
-    if options.comfyui:
-        sys.path.append(str(environment.REPOSITORY))
-        run(options)
-    else:
-        python, comfyui = environment.set_up()
-        environment.become(python, [sys.argv[0], "--comfyui", str(comfyui), *sys.argv[1:]])
-
-
 if __name__ == "__main__":
-    enter(demo.parse_arguments(), run)
+    demo.enter(demo.parse_arguments(), run)

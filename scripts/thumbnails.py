@@ -1,11 +1,11 @@
-"""Remakes the thumbnails of the example workflows by running them on small models of drawings (demo_model).
+"""Remakes the thumbnails of the example workflows by running them on the project's own small model (demo_model).
 
-    python scripts/thumbnails.py --checkpoint FILE --canny FILE --canny-unet FILE --mask FILE --mask-unet FILE
+    python scripts/thumbnails.py
 
 Each workflow is opened in ComfyUI's frontend (Chromium on PATH) and runs as it stands in the file, but for this: the
-files are the small models', the picture is a drawing with its own size and prompt, and what needs models that cannot be
-had here is left out (a LoRA) or replaced by the drawing's silhouette (background removal, depth). There is no small
-model for poses: those workflows show poses and no result. SDXL Depth keeps the picture of its graph.
+files are the small model's, with its place of control; the picture is a drawing with its own size and prompt; and the
+drawing's silhouette stands for what needs models that cannot be had here (background removal, depth). There is no
+small model for poses: those workflows show poses and no result. SDXL Depth keeps the picture of its graph.
 """
 
 from __future__ import annotations
@@ -26,18 +26,14 @@ DRAWINGS = {  # workflow: the drawing whose edges or silhouette control it; no t
 }
 # What the note in a workflow says of its thumbnail, before and after this script made it.
 NOT_MADE = "shows the graph and no result: these weights could not be had where it was made."
-MADE = ("was made by running this graph on small models of drawings, which this project trained; what needs other "
-        "models was left out.")
+MADE = ("was made by running this graph on a small model of drawings, which this project trained; where it needs other "
+        "models, with the drawing's silhouette.")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Remakes the thumbnails of the example workflows.")
-    for name in ("checkpoint", "canny", "mask"):
-        parser.add_argument(f"--{name}", type=demo.existing_file, required=True, metavar="FILE")
-    for name in ("canny-unet", "mask-unet"):
-        parser.add_argument(f"--{name}", type=demo.existing_file, metavar="FILE")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=demo.OWN["steps"])
+    parser.add_argument("--cfg", type=float, default=demo.OWN["cfg"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)  # set in the Python that runs ComfyUI
     return parser.parse_args()
@@ -49,9 +45,10 @@ def put_drawing(name: str, repaint: bool, folder: Path) -> str:
     from PIL import Image
 
     from demo_model.agreement import drawn_region
-    from demo_model.world import load_world
-    world = load_world(environment.cache_folder() / "demo_model")  # where its training keeps them
-    drawing = world.drawings[world.captions.index(name)]
+    from demo_model.provide import WEIGHTS
+    from demo_model.world import load_held_out
+    drawings, captions = load_held_out(WEIGHTS)
+    drawing = drawings[captions.index(name)]
     alpha = np.full(drawing.shape[:2], 255, np.uint8)
     if repaint:
         alpha[:, alpha.shape[1] // 2:] = 0
@@ -62,18 +59,17 @@ def put_drawing(name: str, repaint: bool, folder: Path) -> str:
     return path.name
 
 
-def skip(prompt: dict, node: str, *inputs: str) -> None:
-    """Take a node out of an API graph; its outputs become what comes into these inputs, in turn."""
-    sources = [prompt[node]["inputs"][name] for name in inputs]
-    del prompt[node]
+def skip(prompt: dict, node: str, name: str) -> None:
+    """Take a node out of an API graph; its first output becomes what comes into its input of this name."""
+    source = prompt.pop(node)["inputs"][name]
     for other in prompt.values():
-        for name, value in other["inputs"].items():
-            if isinstance(value, list) and value[0] == node:
-                other["inputs"][name] = sources[value[1]]
+        other["inputs"] = {key: source if value == [node, 0] else value for key, value in other["inputs"].items()}
 
 
-def on_small_models(prompt: dict, options: argparse.Namespace, files: dict, drawing: str, text: str) -> dict:
-    """The API graph of a workflow on the small models; `files` are their names in ComfyUI's lists."""
+def on_small_model(prompt: dict, options: argparse.Namespace, drawing: str, text: str) -> dict:
+    """The API graph of a workflow on the small model and a file with a drawing that `text` names."""
+    from demo_model import provide
+    from demo_model.control import PLACE
     photo = next(node for node, values in prompt.items() if values["class_type"] == "LoadImage")
     # LoadImage's mask is where a picture is transparent
     prompt["figure_mask"] = {"class_type": "InvertMask", "inputs": {"mask": [photo, 1]}}
@@ -83,15 +79,15 @@ def on_small_models(prompt: dict, options: argparse.Namespace, files: dict, draw
         if kind == "LoadImage":
             inputs["image"] = drawing
         elif kind == "CheckpointLoaderSimple":
-            inputs["ckpt_name"] = files["checkpoint"]
+            inputs["ckpt_name"] = provide.CHECKPOINT
         elif kind == "ControlNeXtLoader":
-            inputs["controlnext_name"] = files["canny" if "canny" in inputs["controlnext_name"] else "mask"]
+            inputs["controlnext_name"] = provide.CANNY if "canny" in inputs["controlnext_name"] else provide.MASK
         elif kind == "ControlNeXtUNetLoader":
-            inputs["unet_name"] = files["canny-unet" if "canny" in inputs["unet_name"] else "mask-unet"]
-            if not inputs["unet_name"]:
-                skip(prompt, node, "model")
+            inputs["unet_name"] = provide.CANNY_UNET if "canny" in inputs["unet_name"] else provide.MASK_UNET
+        elif kind == "ControlNeXtApply":
+            inputs["inject_at"] = PLACE
         elif kind == "LoraLoader":
-            skip(prompt, node, "model", "clip")
+            inputs["lora_name"] = provide.LORA
         elif kind == "ImageScaleToTotalPixels":
             skip(prompt, node, "image")
         elif kind == "KSampler":
@@ -160,17 +156,15 @@ def prompts(url: str) -> dict[str, dict]:
 
 def run(options: argparse.Namespace) -> None:
     import comfy_client
+
+    from demo_model import provide
     base = environment.base_directory(environment.cache_folder() / "base")
-    models = base / "models"
-    files = {"checkpoint": demo.put_weights(options.checkpoint, models / "checkpoints")}
-    for name in ("canny", "canny-unet", "mask", "mask-unet"):
-        file = getattr(options, name.replace("-", "_"))
-        files[name] = file and demo.put_weights(file, models / "controlnext")
+    provide.provide(options.comfyui, base / "models")
     device = ("--cpu",) if demo.needs_cpu_option() else ()
     with comfy_client.running_server(options.comfyui, base, options=device) as url:
         for workflow, prompt in prompts(url).items():
             drawing = put_drawing(DRAWINGS[workflow], workflow == "Inpaint with Control", base / "input")
-            prompt = on_small_models(prompt, options, files, drawing, DRAWINGS[workflow])
+            prompt = on_small_model(prompt, options, drawing, DRAWINGS[workflow])
             outputs = comfy_client.run_graph(url, prompt)
             if workflow == "Compare":
                 keys = ("a_images", "b_images")
@@ -188,4 +182,4 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    pictures.enter(parse_arguments(), run)
+    demo.enter(parse_arguments(), run)
