@@ -113,7 +113,7 @@ def learn(kind: str, folder, weights) -> dict:
     from demo_model.control import DROPPED_CAPTIONS
     from demo_model.denoiser import denoising_loss
     from demo_model.loop import train
-    from demo_model.samples import as_image, prepare
+    from demo_model.samples import Samples, as_image, control_maps, encode, load_contexts, varied_drawings
     from demo_model.world import load_world, to_drawings
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,7 +124,9 @@ def learn(kind: str, folder, weights) -> dict:
     def edges(drawing):
         return canny(drawing)[..., 0] > 0
 
-    samples, _ = prepare(drawn, folder, autoencoder.taesd_encoder, device, edges)
+    varied = varied_drawings(drawn)
+    latents, _ = encode(varied, autoencoder.taesd_encoder)
+    samples = Samples(latents, load_contexts(drawn, folder), control_maps(varied, edges), drawn)
     torch.manual_seed(0)
     model, rates = controlled(kind, unet)
     model.to(device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import cached_property
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -17,7 +18,7 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyU
 
 import environment  # noqa: E402
 
-STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 5000, "checkpoint": 0, "canny": 2500, "mask": 2500}
+STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 4000, "checkpoint": 0, "canny": 2000, "mask": 2000}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,27 +74,35 @@ class Making:
         return self.train("decoder", model, autoencoder_loss(model, self.seen()),
                           [{"params": list(model.taesd_decoder.parameters()), "lr": LEARNING_RATE / 2}])
 
-    def samples(self, control=None) -> tuple:
-        """(what the UNet is trained on, the deviation of the encoder's latents)."""
-        from demo_model.samples import prepare
-        return prepare(self.world, self.folder, self.autoencoder().taesd_encoder, self.device, control)
+    @cached_property
+    def varied(self):
+        from demo_model.samples import varied_drawings
+        return varied_drawings(self.world)
+
+    @cached_property
+    def latents(self):
+        """(latents of the varied drawings with deviation 1, the encoder's deviation)."""
+        from demo_model.samples import encode
+        return encode(self.varied, self.autoencoder().taesd_encoder)
+
+    def samples(self, controls=None):
+        from demo_model.samples import Samples, load_contexts
+        return Samples(self.latents[0], load_contexts(self.world, self.folder), controls, self.world)
 
     def unet(self):
         """The denoiser."""
         from demo_model.denoiser import LEARNING_RATE, denoising_loss, new_unet
-        samples, deviation = self.samples()
         unet = new_unet().to(self.device)
-        loss = denoising_loss(lambda x, timestep, caption, _: unet(x, timesteps=timestep, context=caption), samples,
-                              self.device)
+        loss = denoising_loss(lambda x, timestep, caption, _: unet(x, timesteps=timestep, context=caption),
+                              self.samples(), self.device)
         return self.train("unet", unet, loss, [{"params": list(unet.parameters()), "lr": LEARNING_RATE}])
 
     def checkpoint(self) -> None:
         """Write UNet and VAE, and the drawings that they never saw."""
         from demo_model.autoencoder import narrow_vae
         from demo_model.world import save_held_out
-        _, deviation = self.samples()
         tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in self.unet().state_dict().items()}
-        vae = narrow_vae(self.decoder(), deviation)
+        vae = narrow_vae(self.decoder(), self.latents[1])
         tensors |= {f"first_stage_model.{name}": tensor for name, tensor in vae.items()}
         self.save(tensors, "drawings.safetensors")
         save_held_out(self.world, self.weights)
@@ -110,10 +119,12 @@ class Making:
         from controlnext_core.training import reference_files
         from demo_model.control import DROPPED_CAPTIONS, FAMILY, Controlled
         from demo_model.denoiser import denoising_loss
+        from demo_model.samples import control_maps
         unet = self.unet()
         base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
         controlled = Controlled(unet).to(self.device)
-        loss = denoising_loss(controlled, self.samples(control)[0], self.device, DROPPED_CAPTIONS)
+        samples = self.samples(control_maps(self.varied, control))
+        loss = denoising_loss(controlled, samples, self.device, DROPPED_CAPTIONS)
         trained = self.train(kind, controlled, loss, controlled.rates())
         weights = trained.unet.state_dict()
         differences = {name: weights[key] - base[key] for name, key in controlled.trained.items()}

@@ -50,25 +50,31 @@ def as_image(control: torch.Tensor) -> torch.Tensor:
     return control.float()[:, None].expand(-1, 3, -1, -1)
 
 
-def prepare(world: World, folder: Path, encoder: nn.Module, device: torch.device,
-            control: Callable[[np.ndarray], np.ndarray] | None = None) -> tuple[Samples, float]:
-    """Encode the world's drawings in VARIATIONS each, and their captions, which are kept in `folder`.
-
-    Args:
-        control: from a drawing (H, W, 3) uint8 to its control (H, W) bool.
-
-    Returns:
-        The samples, and the deviation of the encoder's latents, by which theirs are divided.
-    """
+def varied_drawings(world: World) -> list[torch.Tensor]:
+    """A tensor (VARIATIONS, 3, SIZE, SIZE) for each of the world's drawings; always the same ones."""
     maps = draw_variations(len(world.captions) * VARIATIONS, torch.Generator().manual_seed(0))
-    varied = [vary(image.expand(VARIATIONS, -1, -1, -1), maps)
-              for image, maps in zip(to_images(world.drawings), maps.split(VARIATIONS), strict=True)]
+    return [vary(image.expand(VARIATIONS, -1, -1, -1), maps)
+            for image, maps in zip(to_images(world.drawings), maps.split(VARIATIONS), strict=True)]
+
+
+def encode(varied: list[torch.Tensor], encoder: nn.Module) -> tuple[torch.Tensor, float]:
+    """The latents (N, VARIATIONS, 4, h, w) of varied drawings, divided by their deviation, and that."""
+    device = next(encoder.parameters()).device
     with torch.no_grad():
         latents = torch.stack([encoder(batch.to(device)).cpu() for batch in varied])
-    if not (folder / "contexts.pt").exists():
-        torch.save(captions_to_contexts([*world.captions, ""]), folder / "contexts.pt")
-    contexts = torch.load(folder / "contexts.pt", weights_only=True)
-    controls = control and torch.stack([
-        torch.from_numpy(np.stack([control(drawing) for drawing in to_drawings(batch)])) for batch in varied])
     deviation = latents.std().item()
-    return Samples(latents / deviation, contexts, controls, world), deviation
+    return latents / deviation, deviation
+
+
+def control_maps(varied: list[torch.Tensor], control: Callable[[np.ndarray], np.ndarray]) -> torch.Tensor:
+    """What `control` makes of varied drawings (H, W, 3) uint8: (N, VARIATIONS, H, W) bool."""
+    return torch.stack([torch.from_numpy(np.stack([control(drawing) for drawing in to_drawings(batch)]))
+                        for batch in varied])
+
+
+def load_contexts(world: World, folder: Path) -> torch.Tensor:
+    """The encoded captions and, last, the empty one: (N + 1, 77, 768); kept in `folder`, for they take minutes."""
+    file = folder / "contexts.pt"
+    if not file.exists():
+        torch.save(captions_to_contexts([*world.captions, ""]), file)
+    return torch.load(file, weights_only=True)
