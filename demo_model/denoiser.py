@@ -36,9 +36,14 @@ def new_unet() -> UNetModel:
     return unet
 
 
-def denoising_loss(predict: Callable, samples: Samples, device: torch.device,
-                   dropped: float = DROPPED_CAPTIONS) -> Callable[[torch.Generator], torch.Tensor]:
-    """The loss of a batch for ``predict(x, timestep, caption, control image) -> noise``."""
+def denoising_loss(predict: Callable, samples: Samples, device: torch.device, dropped: float = DROPPED_CAPTIONS,
+                   snr_limit: float = SNR_LIMIT) -> Callable[[torch.Generator], torch.Tensor]:
+    """The loss of a batch for ``predict(x, timestep, caption, control image) -> noise``.
+
+    Args:
+        dropped: share of the captions that are replaced by the empty one.
+        snr_limit: of the weight that a sample's error in x0 has, its signal-to-noise ratio; low for coarse structure.
+    """
     def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
         x0, caption, image, noise, timestep = (
             value if value is None else value.to(device) for value in samples.batch(generator, dropped))
@@ -48,6 +53,6 @@ def denoising_loss(predict: Callable, samples: Samples, device: torch.device,
             predicted = predict(x, timestep.float(), caption, image)
         snr = alpha / (1 - alpha)
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        return (error * snr.clamp(max=SNR_LIMIT) / snr).mean()
+        return (error * snr.clamp(max=snr_limit) / snr).mean()
 
     return loss_of_batch

@@ -18,7 +18,7 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyU
 
 import environment  # noqa: E402
 
-STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 4000, "checkpoint": 0, "canny": 2000, "mask": 2000}
+STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 4000, "checkpoint": 0, "canny": 2000, "mask": 1500}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -117,14 +117,14 @@ class Making:
 
     def control(self, kind: str, control) -> None:
         from controlnext_core.training import reference_files
-        from demo_model.control import DROPPED_CAPTIONS, FAMILY, Controlled
+        from demo_model.control import DROPPED_CAPTIONS, FAMILY, SNR_LIMIT, Controlled
         from demo_model.denoiser import denoising_loss
         from demo_model.samples import control_maps
         unet = self.unet()
         base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
         controlled = Controlled(unet).to(self.device)
         samples = self.samples(control_maps(self.varied, control))
-        loss = denoising_loss(controlled, samples, self.device, DROPPED_CAPTIONS)
+        loss = denoising_loss(controlled, samples, self.device, DROPPED_CAPTIONS, SNR_LIMIT)
         trained = self.train(kind, controlled, loss, controlled.rates())
         weights = trained.unet.state_dict()
         differences = {name: weights[key] - base[key] for name, key in controlled.trained.items()}
