@@ -1,0 +1,143 @@
+"""Trains a style LoRA for the demonstration's model with ComfyUI's own nodes, in a real ComfyUI server.
+
+    python demo_model/style_lora.py
+
+Sets up ComfyUI as the demo does, prints some of the training drawings in red ink on yellow paper, queues
+
+    LoadImageTextDataSetFromFolder -> MakeTrainingDataset -> TrainLoraNode -> SaveLoRA
+
+and writes weights/style_lora.safetensors; it needs weights/drawings.safetensors, and npm for the drawings.
+
+Why this style: the other paper is seen at a glance, every line stays where it was, and these are colours that the VAE,
+which knows drawings on white alone, can show; of a blueprint's dark blue paper it makes green.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyUI has a module `nodes` of its own
+
+import environment  # noqa: E402
+
+INK, PAPER = (120, 10, 20), (255, 225, 120)  # RGB
+CONTRAST = 1.8  # exponent of the brightness, so that pale drawings take ink as well
+DRAWINGS = 64
+NAMELESS = 8  # every so manyth drawing has no caption, so that an empty prompt gets the style as well
+STEPS = 600
+SETTINGS = {
+    "batch_size": 1,  # in a larger batch ComfyUI 0.30 gives every picture the captions of all
+    "learning_rate": 1e-3, "rank": 4, "algorithm": "LoRA", "optimizer": "AdamW", "loss_function": "MSE",
+    "training_dtype": "fp32", "lora_dtype": "fp32", "gradient_checkpointing": False, "seed": 0,
+    "bypass_mode": True,  # without it ComfyUI takes half as long again, for the gradients of whole weights
+    "grad_accumulation_steps": 1, "checkpoint_depth": 1, "offloading": False, "quantized_backward": False,
+    "bucket_mode": False, "existing_lora": "[None]",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the training (default: %(default)s)")
+    # Set when the script runs again in the Python that runs ComfyUI.
+    parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def printed(drawings):
+    """Drawings (N, H, W, 3), uint8 RGB, in INK on PAPER: the darker a pixel was, the more ink."""
+    import numpy as np
+    brightness = (drawings / 255 @ np.array([0.299, 0.587, 0.114])) ** CONTRAST
+    share = brightness[..., None]
+    return (np.array(INK) * (1 - share) + np.array(PAPER) * share).round().astype(np.uint8)
+
+
+def put_dataset(folder: Path) -> None:
+    """Write DRAWINGS of the drawings that training may see, printed, and beside each a text file with its name."""
+    from PIL import Image
+
+    from demo_model.world import load_world
+    world = load_world(environment.cache_folder() / "demo_model")
+    chosen = world.training[::len(world.training) // DRAWINGS][:DRAWINGS]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number, (index, drawing) in enumerate(zip(chosen, printed(world.drawings[chosen]), strict=True)):
+        Image.fromarray(drawing).save(folder / f"{number:02}.png")
+        if number % NAMELESS:
+            (folder / f"{number:02}.txt").write_text(world.captions[index], encoding="utf-8")
+
+
+def training(checkpoint: str, folder: str, steps: int, prefix: str) -> dict:
+    """The graph in ComfyUI's API format; the LoRA goes to ComfyUI's output folder as `prefix`_00001_.safetensors."""
+    def node(class_type: str, **inputs) -> dict:
+        return {"class_type": class_type, "inputs": inputs}
+
+    return {
+        "checkpoint": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
+        "drawings": node("LoadImageTextDataSetFromFolder", folder=folder),
+        "dataset": node("MakeTrainingDataset", images=["drawings", 0], texts=["drawings", 1], vae=["checkpoint", 2],
+                        clip=["checkpoint", 1]),
+        # TrainLoraNode draws the LoRA's first weights from torch's own generator. A sampler of no steps seeds that.
+        "seed": node("KSampler", model=["checkpoint", 0], positive=["dataset", 1], negative=["dataset", 1],
+                     latent_image=["dataset", 0], seed=SETTINGS["seed"], steps=1, cfg=1.0, sampler_name="euler",
+                     scheduler="normal", denoise=0.0),
+        "train": node("TrainLoraNode", model=["checkpoint", 0], latents=["seed", 0], positive=["dataset", 1],
+                      steps=steps, **SETTINGS),
+        "save": node("SaveLoRA", lora=["train", 0], prefix=prefix),
+        "loss": node("LossGraphNode", loss=["train", 1], filename_prefix=prefix),
+    }
+
+
+def run(options: argparse.Namespace) -> None:
+    import comfy_client
+    import stand_in
+    from demo import needs_cpu_option
+    from safetensors.torch import load_file, save_file
+
+    from demo_model import provide
+    base = environment.base_directory(environment.cache_folder() / "style_lora")
+    put_dataset(base / "input" / "style")
+    device = ("--cpu",) if needs_cpu_option() else ()
+    stand_in.load_comfyui(options.comfyui)
+    # not provide.provide, which wants the LoRA, too
+    stand_in.save(provide.checkpoint(), base / "models" / "checkpoints" / provide.CHECKPOINT)
+    for left_over in (base / "output").glob("style_*.safetensors"):
+        left_over.unlink()
+
+    print("Starting ComfyUI ...", flush=True)
+    start = time.monotonic()
+
+    def on_event(kind: str, data: dict) -> None:
+        if kind == "progress" and data["node"] == "train" and (data["value"] % 50 == 0 or data["value"] == 1):
+            print(f"  {time.monotonic() - start:5.1f} s  step {data['value']} of {data['max']}", flush=True)
+
+    with comfy_client.running_server(options.comfyui, base, options=device) as url:
+        comfy_client.run_graph(url, training(provide.CHECKPOINT, "style", options.steps, "style"), on_event)
+    (saved,) = (base / "output").glob("style_*.safetensors")
+    target = provide.source(provide.LORA)
+    save_file({name: tensor.half() for name, tensor in load_file(saved).items()}, target)  # ComfyUI writes float32
+    print(f"Written to {target} ({target.stat().st_size / 1e6:.2f} MB)")
+
+
+def main() -> None:
+    options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
+    try:
+        if options.comfyui:
+            run(options)
+        else:
+            python, comfyui = environment.set_up()
+            environment.become(python, [__file__, "--comfyui", str(comfyui), *sys.argv[1:]])
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

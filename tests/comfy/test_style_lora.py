@@ -1,0 +1,34 @@
+"""The style LoRA of demo_model/style_lora.py, which ComfyUI's own training node made, in the stock LoRA loader."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from demo_model import provide
+from demo_model.measure import Demonstration
+from demo_model.style_lora import PAPER
+from demo_model.world import load_held_out
+
+
+@pytest.fixture(scope="module")
+def demonstration(run, models_folder) -> Demonstration:
+    provide.provide(Path(os.environ["COMFYUI_PATH"]), models_folder)
+    drawings, captions = load_held_out(provide.WEIGHTS)
+    return Demonstration(run, drawings[:4], captions[:4])
+
+
+def test_every_key_of_the_lora_is_taken(demonstration, caplog):
+    patched = set(demonstration.styled().patches)
+    assert "not loaded" not in caplog.text.lower()
+    layers = [name.rsplit(".", 1) for name in load_file(provide.source(provide.LORA)) if "lora_down" not in name]
+    weights = {f"{layer.removesuffix('.lora_up')}.weight" for layer, kind in layers if kind in ("weight", "diff")}
+    assert patched == weights | {f"{layer}.bias" for layer, kind in layers if kind == "diff_b"}
+
+
+def test_pictures_of_held_out_drawings_have_the_styles_paper(demonstration):
+    pictures = demonstration.draw(seed=1, model=demonstration.styled()).numpy() * 255
+    border = np.concatenate([pictures[:, 0], pictures[:, -1], pictures[:, :, 0], pictures[:, :, -1]])
+    assert np.abs(np.median(border, axis=(0, 1)) - PAPER).max() < 40
