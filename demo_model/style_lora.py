@@ -30,10 +30,10 @@ INK, PAPER = (120, 10, 20), (255, 225, 120)  # RGB
 CONTRAST = 1.8  # exponent of the brightness, so that pale drawings take ink as well
 DRAWINGS = 64
 NAMELESS = 8  # every so manyth drawing has no caption, so that an empty prompt gets the style as well
-STEPS = 600
+STEPS = 1200
 SETTINGS = {
     "batch_size": 1,  # in a larger batch ComfyUI 0.30 gives every picture the captions of all
-    "learning_rate": 1e-3, "rank": 4, "algorithm": "LoRA", "optimizer": "AdamW", "loss_function": "MSE",
+    "learning_rate": 2e-3, "rank": 4, "algorithm": "LoRA", "optimizer": "AdamW", "loss_function": "MSE",
     "training_dtype": "fp32", "lora_dtype": "fp32", "gradient_checkpointing": False, "seed": 0,
     "bypass_mode": True,  # without it ComfyUI takes half as long again, for the gradients of whole weights
     "grad_accumulation_steps": 1, "checkpoint_depth": 1, "offloading": False, "quantized_backward": False,
