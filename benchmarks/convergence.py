@@ -14,7 +14,7 @@ import time
 
 import world
 
-STEPS, EVERY = 1000, 100
+STEPS, EVERY = 600, 60
 DRAWINGS, SAMPLING_STEPS, SEED = 32, 10, 1
 LABELS = {"cross": "ControlNeXt, cross normalization", "zero": "ControlNeXt, zero convolution",
           "controlnet": "ControlNet, copied encoder"}

@@ -18,7 +18,7 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyU
 
 import environment  # noqa: E402
 
-STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 4000, "checkpoint": 0, "canny": 2000, "mask": 1500}
+STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 4000, "checkpoint": 0, "canny": 2500, "mask": 1000}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,9 +47,9 @@ class Making:
         self.steps = {stage: max(1, round(count * share)) for stage, count in STEPS.items()}
         self.world = world.load_world(folder)
 
-    def train(self, stage: str, model, loss_of_batch, rates: list[dict]):
+    def train(self, stage: str, model, loss_of_batch, rates: list[dict], **options):
         from demo_model.loop import train
-        return train(model, loss_of_batch, rates, self.steps[stage], self.folder / f"{stage}.pt")
+        return train(model, loss_of_batch, rates, self.steps[stage], self.folder / f"{stage}.pt", **options)
 
     def seen(self):
         """The images that training may see."""
@@ -125,7 +125,7 @@ class Making:
         controlled = Controlled(unet).to(self.device)
         samples = self.samples(control_maps(self.varied, control))
         loss = denoising_loss(controlled, samples, self.device, DROPPED_CAPTIONS, SNR_LIMIT)
-        trained = self.train(kind, controlled, loss, controlled.rates())
+        trained = self.train(kind, controlled, loss, controlled.rates(), average=0.98)
         weights = trained.unet.state_dict()
         differences = {name: weights[key] - base[key] for name, key in controlled.trained.items()}
         for file, (tensors, metadata) in reference_files(trained.module.state_dict(), FAMILY, 1.0, differences).items():

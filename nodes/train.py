@@ -217,23 +217,25 @@ def _start(model, controlnext: ControlNeXt | None, seed: int) -> TrainingControl
     if base not in TRAINED_BASES:
         raise ValueError(f"model: training is for SD1.5 and SDXL, but the connected MODEL is {BASE_NAMES[base]}; "
                          "connect one of these.")
-    places = places_of(model.model.diffusion_model)
+    family = family_of(model.model, controlnext) if controlnext else resolve("light", "auto", base)
+    place = places_of(model.model.diffusion_model).get(family.place)
+    if place is None:
+        raise ValueError(f"model: ControlNeXt of {family.name} enters at {family.place}, a place that the UNet "
+                         "of the connected MODEL lacks; connect a whole one.")
     if controlnext is None:
-        family = resolve("light", "auto", base)
-        state_dict = new_module(family, seed, out=places[family.place].channels).state_dict()
+        state_dict = new_module(family, seed, out=place.channels).state_dict()
         scale = 1.0
     else:
-        family = family_of(model.model, controlnext)
         found = controlnext.loaded.checkpoint
         state_dict = {key: value.float() for key, value in found.state_dict.items()}
         scale = found.scale
-        if found.module.out_channels != places[family.place].channels:
+        if found.module.out_channels != place.channels:
             raise ValueError(f"controlnext: {controlnext.name} gives {found.module.out_channels} channels where the "
-                             f"connected MODEL takes {places[family.place].channels}; connect the MODEL that it is "
-                             "for, or train a new one.")
+                             f"connected MODEL takes {place.channels}; connect the MODEL that it is for, or train a "
+                             "new one.")
     module = checkpoint.read(state_dict, "controlnext", operations=comfy.ops.manual_cast).module
     module.load_state_dict(state_dict)
-    return TrainingControl(module.to(model.load_device), family, places[family.place], scale)
+    return TrainingControl(module.to(model.load_device), family, place, scale)
 
 
 def _differences(model, names: dict[str, str], controlnext: ControlNeXt | None, settings) -> dict[str, torch.Tensor]:

@@ -57,10 +57,3 @@ def test_the_vae_computes_what_the_narrow_one_in_the_repository_does(run, checkp
 def test_the_unet_gets_latents_of_deviation_1(run, checkpoint, drawings):
     latents = run("VAEEncode", vae=checkpoint[2], pixels=drawings)["samples"]
     assert (latents * SD15_SCALE).std() == pytest.approx(1, abs=0.25)
-
-
-def test_the_stock_lora_loader_finds_what_the_style_changes(run, checkpoint):
-    model, clip, _ = checkpoint
-    styled, _ = run("LoraLoader", model=model, clip=clip, lora_name=provide.LORA, strength_model=1.0, strength_clip=0.0)
-    pairs = [name for name in load_file(provide.source(provide.LORA)) if "lora_up" in name]
-    assert pairs and len(styled.patches) == len(pairs)

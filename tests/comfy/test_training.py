@@ -274,6 +274,8 @@ def test_a_controlnext_for_another_model_is_refused(train, unet):
         train(narrow_unet("sdxl"), controlnext=controlnext)
     with pytest.raises(ValueError, match="controlnext: test gives 64 channels where the connected MODEL takes 32"):
         train(small_unet("sd15", model_channels=32), controlnext=controlnext)
+    with pytest.raises(ValueError, match="enters at .*, a place that the UNet of the connected MODEL lacks"):
+        train(narrow_unet(num_res_blocks=[1], channel_mult=[1], transformer_depth=[1], transformer_depth_output=[0, 0]))
     with pytest.raises(ValueError, match="model: training is for SD1.5 and SDXL, but the connected MODEL is SVD"):
         train(narrow_unet("svd"))
     with_unet = train(unet, steps=1)[0]
