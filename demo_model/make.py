@@ -18,7 +18,7 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyU
 
 import environment  # noqa: E402
 
-STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 4000, "checkpoint": 0, "canny": 2500, "mask": 1000}
+STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 4000, "checkpoint": 0, "canny": 3000, "mask": 1000}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,7 +13,7 @@ import torch
 from demo_model.agreement import drawn_region, edge_f1, iou
 from demo_model.world import SIZE
 
-SAMPLER = {"steps": 12, "cfg": 3.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
+SAMPLER = {"steps": 12, "cfg": 1.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
 BATCH = 16
 CHECKPOINT, LORA = "drawings.safetensors", "drawings_style_lora.safetensors"
 

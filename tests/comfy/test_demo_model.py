@@ -1,0 +1,78 @@
+"""The demonstration's trained model: its pictures follow their control, for drawings that no training saw."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from demo_model import provide
+from demo_model.agreement import share_of_the_way
+from demo_model.measure import Demonstration, agreements
+from demo_model.world import load_held_out
+
+DRAWINGS, SEED = 16, 1
+
+
+class Measured:
+    """One kind of control, and what the model draws under it for the first held-out drawings.
+
+    Args:
+        drawn: what is drawn already, so that both kinds share what needs no control.
+    """
+
+    def __init__(self, demonstration: Demonstration, kind: str, drawn: dict):
+        self.demonstration, self.kind, self.drawn = demonstration, kind, drawn
+        self.see = {"canny": demonstration.edges, "mask": demonstration.regions}[kind]
+        self.controls = self.see(demonstration.images)
+        self.others = np.roll(self.controls, 7, axis=0)
+        self.ceiling = agreements(self.see(demonstration.ceiling()), self.controls, kind)
+
+    def found(self, strength: float, another: bool, styled: bool) -> np.ndarray:
+        """What is seen in the pictures with control at this strength, and without at 0."""
+        case = (self.kind, strength, another, styled) if strength else styled
+        if case not in self.drawn:
+            controls = (self.others if another else self.controls) if strength else None
+            model = self.demonstration.styled() if styled else None
+            self.drawn[case] = self.demonstration.draw(SEED, self.kind, controls, strength, model)
+        return self.see(self.drawn[case])
+
+    def share(self, strength: float, another: bool = False, styled: bool = False) -> float:
+        """How far control goes from what is drawn without it to the VAE's own picture of the drawing."""
+        wanted = self.others if another else self.controls
+        on = agreements(self.found(strength, another, styled), wanted, self.kind)
+        off = agreements(self.found(0.0, another, styled), wanted, self.kind)
+        return share_of_the_way(on, off, self.ceiling)
+
+
+@pytest.fixture(scope="module")
+def demonstration(run, models_folder) -> Demonstration:
+    provide.provide(Path(os.environ["COMFYUI_PATH"]), models_folder)
+    drawings, captions = load_held_out(provide.WEIGHTS)
+    return Demonstration(run, drawings[:DRAWINGS], captions[:DRAWINGS])
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict:
+    return {}
+
+
+@pytest.fixture(scope="module", params=["canny", "mask"])
+def measured(demonstration, drawn, request) -> Measured:
+    return Measured(demonstration, request.param, drawn)
+
+
+def test_pictures_go_most_of_the_way_from_no_control_to_the_vaes_own_picture(measured):
+    assert measured.share(1.0) >= 0.6
+
+
+def test_less_strength_goes_less_far(measured):
+    assert 0 < measured.share(0.5) < measured.share(1.0)
+
+
+def test_pictures_follow_another_drawings_control_where_that_is_given(measured):
+    assert measured.share(1.0, another=True) >= 0.5
+
+
+def test_control_holds_with_a_style_lora(measured):
+    assert measured.share(1.0, styled=True) >= 0.5
