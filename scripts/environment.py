@@ -32,7 +32,7 @@ TORCH_PACKAGES = ("torch", "torchvision", "torchaudio")
 CPU_PINS = ("torch==2.13.0", "torchvision==0.28.0")
 CPU_TORCHAUDIO = "torchaudio==2.11.0"
 # Playwright drives a Chromium that is there already.
-TOOLS = ("pytest", "pytest-xdist", "ruff", "scikit-image", "matplotlib", "playwright", "comfy-cli", "comfy-test")
+TOOLS = ("pytest", "pytest-xdist", "ruff", "matplotlib", "playwright", "comfy-cli", "comfy-test")
 # Operators that torchvision's Python part refers to, for when its compiled part cannot load beside a CPU torch.
 TORCHVISION_SCHEMAS = '''import torch as _torch
 _schemas = _torch.library.Library("torchvision", "FRAGMENT")

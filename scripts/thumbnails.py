@@ -5,7 +5,7 @@
 Each workflow is opened in ComfyUI's frontend (Chromium on PATH) and runs as it stands in the file, but for this: the
 files are the small model's, with its place of control; the picture is a drawing with its own size and prompt; and the
 drawing's silhouette stands for what needs models that cannot be had here (background removal, depth). There is no
-small model for poses: those workflows show poses and no result. SDXL Depth keeps the picture of its graph.
+small model for poses: those workflows show poses and no result.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import pictures
 EXAMPLES = environment.REPOSITORY / "example_workflows"
 SIDE = 512  # of a thumbnail
 DRAWINGS = {  # workflow: the drawing whose edges or silhouette control it; no training saw these
-    "SDXL Canny": "camera", "Control and LoRA": "flamingo", "Inpaint with Control": "cactus", "Compare": "koala",
-    "SD1.5 Mask": "fish", "Two Controls": "telescope",
+    "SDXL Canny": "rooster", "Control and LoRA": "flamingo", "Inpaint with Control": "cat face", "Compare": "fish",
+    "SD1.5 Mask": "koala", "Two Controls": "horse face", "SDXL Depth": "bison",
 }
 # What the note in a workflow says of its thumbnail, before and after this script made it.
 NOT_MADE = "shows the graph and no result: these weights could not be had where it was made."
@@ -74,6 +74,7 @@ def on_small_model(prompt: dict, options: argparse.Namespace, drawing: str, text
     # LoadImage's mask is where a picture is transparent
     prompt["figure_mask"] = {"class_type": "InvertMask", "inputs": {"mask": [photo, 1]}}
     prompt["figure"] = {"class_type": "MaskToImage", "inputs": {"mask": ["figure_mask", 0]}}
+    kinds = {values["class_type"] for values in prompt.values()}
     for node, values in list(prompt.items()):
         kind, inputs = values["class_type"], values["inputs"]
         if kind == "LoadImage":
@@ -86,6 +87,10 @@ def on_small_model(prompt: dict, options: argparse.Namespace, drawing: str, text
             inputs["unet_name"] = provide.CANNY_UNET if "canny" in inputs["unet_name"] else provide.MASK_UNET
         elif kind == "ControlNeXtApply":
             inputs["inject_at"] = PLACE
+            if "ControlNeXtUNetLoader" not in kinds:  # the released mask control has none, ours does
+                prompt["unet_weights"] = {"class_type": "ControlNeXtUNetLoader", "inputs": {
+                    "model": inputs["model"], "unet_name": provide.MASK_UNET, "strength": 1.0, "mode": "auto"}}
+                inputs["model"] = ["unet_weights", 0]
         elif kind == "LoraLoader":
             inputs["lora_name"] = provide.LORA
         elif kind == "ImageScaleToTotalPixels":
