@@ -167,8 +167,10 @@ def run(options) -> None:
     from demo_model import provide
     README.mkdir(exist_ok=True)
     base = environment.base_directory(environment.cache_folder() / "base")
-    photo = Image.open(demo.put_photo(options.image, (512, 512), base / "input")).convert("RGB")
-    save_row([photo, Image.fromarray(canny(np.array(photo)))], ["image", "ControlNeXt Canny"],
+    photo = Image.open(demo.put_photo(options.image, options.size, base / "input")).convert("RGB")
+    edges = Image.fromarray(canny(np.array(photo)))
+    large = (512, 512 * photo.height // photo.width)
+    save_row([photo.resize(large), edges.resize(large, Image.Resampling.NEAREST)], ["image", "ControlNeXt Canny"],
              DOCS / "ControlNeXtCanny" / "picture.jpg")
     graph, _ = demo.prepare_job(options, base)
     for make in (provide, stand_in):
