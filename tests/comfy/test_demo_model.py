@@ -45,11 +45,11 @@ class Measured:
         return share_of_the_way(on, off, self.ceiling)
 
 
-def measured_for(count: int | None):
-    """A fixture of both kinds of control for the first `count` held-out drawings, or for all."""
+def measured_for(count: int | None, *kinds: str):
+    """A fixture of kinds of control for the first `count` held-out drawings, or for all."""
     drawn = {}
 
-    @pytest.fixture(scope="module", params=["canny", "mask"])
+    @pytest.fixture(scope="module", params=kinds)
     def measured(run, models_folder, request) -> Measured:
         provide.provide(Path(os.environ["COMFYUI_PATH"]), models_folder)
         drawings, captions = load_held_out(provide.WEIGHTS)
@@ -58,16 +58,20 @@ def measured_for(count: int | None):
     return measured
 
 
-of_all = measured_for(None)
-of_some = measured_for(16)  # for what is only compared, to save time
+edges_of_all = measured_for(None, "canny")  # whose margin is too small for fewer
+of_some = measured_for(16, "canny", "mask")
 
 
-def test_pictures_go_most_of_the_way_from_no_control_to_the_vaes_own_picture(of_all):
-    assert of_all.share(1.0) >= 0.6
+def test_edges_go_most_of_the_way_from_no_control_to_the_vaes_own_picture(edges_of_all):
+    assert edges_of_all.share(1.0) >= 0.6
 
 
-def test_pictures_follow_another_drawings_control_where_that_is_given(of_all):
-    assert of_all.share(1.0, another=True) >= 0.5
+def test_the_first_pictures_go_about_as_far(of_some):
+    assert of_some.share(1.0) >= {"canny": 0.5, "mask": 0.6}[of_some.kind]
+
+
+def test_pictures_follow_another_drawings_control_where_that_is_given(of_some):
+    assert of_some.share(1.0, another=True) >= 0.5
 
 
 def test_less_strength_goes_less_far(of_some):
