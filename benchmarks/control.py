@@ -37,7 +37,7 @@ def main() -> None:
 
     pack = world.Pack()
     provide.provide(Path(os.environ["COMFYUI_PATH"]), Path(folder_paths.models_dir))
-    drawings, captions = load_held_out(world.REPOSITORY / "demo_model" / "weights")
+    drawings, captions = load_held_out(provide.WEIGHTS)
     demonstration = Demonstration(pack.run, drawings, captions)
     styled = demonstration.styled()
     bare = {(seed, model is styled): demonstration.draw(seed, model=model)

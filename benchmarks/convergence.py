@@ -63,13 +63,14 @@ def controlled(kind: str, unet):
     return model, groups
 
 
-def load_base(weights):
+def load_base():
     """The base model's (UNet, autoencoder, deviation of its latents) from its file."""
     from safetensors.torch import load_file
 
+    from demo_model import provide
     from demo_model.autoencoder import SD15_SCALE, Autoencoder
     from demo_model.denoiser import new_unet
-    tensors = {name: tensor.float() for name, tensor in load_file(weights / "drawings.safetensors").items()}
+    tensors = {name: tensor.float() for name, tensor in load_file(provide.source(provide.CHECKPOINT)).items()}
 
     def part(prefix: str) -> dict:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -104,12 +105,11 @@ def draw(model, captions, images, autoencoder, deviation: float):
         return autoencoder.taesd_decoder(latents * deviation).clamp(0, 1)
 
 
-def learn(kind: str, folder, weights) -> dict:
+def learn(kind: str, folder) -> dict:
     """Train one kind; returns its curve of agreement, its parameters and its seconds a step."""
     import torch
 
-    from controlnext_core.canny import canny
-    from demo_model.agreement import edge_f1
+    from demo_model.agreement import drawn_edges, edge_f1
     from demo_model.control import DROPPED_CAPTIONS, SNR_LIMIT
     from demo_model.denoiser import denoising_loss
     from demo_model.loop import train
@@ -117,21 +117,18 @@ def learn(kind: str, folder, weights) -> dict:
     from demo_model.world import load_world, to_drawings
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    unet, autoencoder, deviation = load_base(weights)
+    unet, autoencoder, deviation = load_base()
     autoencoder = autoencoder.to(device)
     drawn = load_world(folder)
 
-    def edges(drawing):
-        return canny(drawing)[..., 0] > 0
-
     varied = varied_drawings(drawn)
     latents, _ = encode(varied, autoencoder.taesd_encoder)
-    samples = Samples(latents, load_contexts(drawn, folder), control_maps(varied, edges), drawn)
+    samples = Samples(latents, load_contexts(drawn, folder), control_maps(varied, drawn_edges), drawn)
     torch.manual_seed(0)
     model, rates = controlled(kind, unet)
     model.to(device)
     held_out = drawn.held_out[:DRAWINGS]
-    controls = [edges(drawing) for drawing in drawn.drawings[held_out]]
+    controls = [drawn_edges(drawing) for drawing in drawn.drawings[held_out]]
     images = as_image(torch.stack([torch.from_numpy(control) for control in controls])).to(device)
     captions = samples.captions[held_out].float().to(device)
     curve, spent, since = {}, 0.0, time.monotonic()
@@ -140,7 +137,7 @@ def learn(kind: str, folder, weights) -> dict:
         nonlocal spent, since
         spent += time.monotonic() - since
         pictures = to_drawings(draw(averaged, captions, images, autoencoder, deviation))
-        found = [edge_f1(edges(picture), control) for picture, control in zip(pictures, controls, strict=True)]
+        found = [edge_f1(drawn_edges(picture), control) for picture, control in zip(pictures, controls, strict=True)]
         curve[step] = sum(found) / len(found)
         print(f"{kind}: step {step}, F1 {curve[step]:.3f}", flush=True)
         since = time.monotonic()
@@ -181,7 +178,7 @@ def main() -> None:
     for kind, file in files.items():
         if kind in options.kinds or not (options.kinds or file.exists()):
             file.with_suffix(".pt").unlink(missing_ok=True)
-            result = learn(kind, folder, world.REPOSITORY / "demo_model" / "weights")
+            result = learn(kind, folder)
             file.write_text(json.dumps(result | {"machine": world.machine()}), encoding="utf-8")
     if options.kinds:
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from controlnext_core.canny import canny
+
 PAPER = 20  # how far in any channel a pixel may be from the paper's colour to count as paper
 
 
@@ -24,6 +26,11 @@ def edge_f1(edges: np.ndarray, control: np.ndarray) -> float:
 def iou(region: np.ndarray, control: np.ndarray) -> float:
     """Intersection over union of two regions (H, W), bool."""
     return float((region & control).sum() / max((region | control).sum(), 1))
+
+
+def drawn_edges(rgb: np.ndarray) -> np.ndarray:
+    """Where ControlNeXt Canny, its thresholds on auto, finds edges in a picture (H, W, 3) uint8: (H, W) bool."""
+    return canny(rgb)[..., 0] > 0
 
 
 def drawn_region(rgb: np.ndarray) -> np.ndarray:

@@ -108,8 +108,8 @@ class Making:
         save_held_out(self.world, self.weights)
 
     def canny(self) -> None:
-        from controlnext_core.canny import canny
-        self.control("canny", lambda drawing: canny(drawing)[..., 0] > 0)
+        from demo_model.agreement import drawn_edges
+        self.control("canny", drawn_edges)
 
     def mask(self) -> None:
         from demo_model.agreement import drawn_region

@@ -10,12 +10,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from demo_model import provide
 from demo_model.agreement import drawn_region, edge_f1, iou
+from demo_model.control import PLACE
 from demo_model.world import SIZE
 
 SAMPLER = {"steps": 12, "cfg": 1.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
 BATCH = 16
-CHECKPOINT, LORA = "drawings.safetensors", "drawings_style_lora.safetensors"
+CONTROLS = {"canny": (provide.CANNY, provide.CANNY_UNET), "mask": (provide.MASK, provide.MASK_UNET)}
 
 
 class Demonstration:
@@ -28,7 +30,7 @@ class Demonstration:
 
     def __init__(self, run: Callable, drawings: np.ndarray, captions: list[str]):
         self.run, self.drawings = run, drawings
-        self.model, self.clip, self.vae = run("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
+        self.model, self.clip, self.vae = run("CheckpointLoaderSimple", ckpt_name=provide.CHECKPOINT)
         self.prompts = [run("CLIPTextEncode", clip=self.clip, text=caption) for caption in ("", *captions)]
         self.images = torch.from_numpy(drawings).float() / 255
 
@@ -43,17 +45,17 @@ class Demonstration:
 
     def controlled(self, kind: str, controls: np.ndarray, strength: float, model=None):
         """A MODEL under control, a picture of the batch for each of (N, H, W) bool."""
+        file, unet_file = CONTROLS[kind]
         model = self.run("ControlNeXtUNetLoader", model=model or self.model, mode="auto", strength=1.0,
-                            unet_name=f"drawings_{kind}_unet.safetensors")
-        controlnext = self.run("ControlNeXtLoader", controlnext_name=f"drawings_{kind}_controlnet.safetensors",
-                                  variant="auto")
+                         unet_name=unet_file)
+        controlnext = self.run("ControlNeXtLoader", controlnext_name=file, variant="auto")
         image = torch.from_numpy(controls).float()[..., None].expand(-1, -1, -1, 3)
         return self.run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=strength,
-                        start_percent=0.0, end_percent=1.0, inject_at="conv_in")
+                        start_percent=0.0, end_percent=1.0, inject_at=PLACE)
 
     def styled(self):
         """The MODEL with the style LoRA."""
-        return self.run("LoraLoader", model=self.model, clip=self.clip, lora_name=LORA, strength_model=1.0,
+        return self.run("LoraLoader", model=self.model, clip=self.clip, lora_name=provide.LORA, strength_model=1.0,
                         strength_clip=0.0)[0]
 
     def draw(self, seed: int, kind: str = "", controls: np.ndarray | None = None, strength: float = 1.0,
