@@ -7,10 +7,7 @@ Needs Chromium on PATH.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import urllib.request
 from pathlib import Path
 
 import demo
@@ -25,10 +22,6 @@ LAYOUT = {  # of the main job: left, top, width, height
     "positive": (1140, 0, 330, 130), "negative": (1140, 180, 330, 130), "latent": (1140, 360, 330, 106),
     "sample": (1520, 0, 300, 262), "decode": (1520, 310, 300, 46), "save": (1520, 405, 300, 385),
 }
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")
-READY = "() => !!(window.app?.graph && window.LiteGraph?.registered_node_types.ControlNeXtApply)"
-
 # A person in fractions of a height, the middle of the hips at (0, 0): the 18 points of the body in OpenPose's order.
 STANDING = [(0, -.44), (0, -.33), (-.09, -.33), (-.12, -.18), (-.13, -.04), (.09, -.33), (.12, -.18), (.13, -.04),
             (-.06, 0), (-.06, .2), (-.06, .4), (.06, 0), (.06, .2), (.06, .4), (-.02, -.46), (.02, -.46), (-.05, -.45),
@@ -90,20 +83,11 @@ def save_row(pictures: list, captions: list[str], path: Path) -> None:
 
 
 def open_page(playwright, url: str):
-    """ComfyUI in a window of the Chromium on PATH, in English."""
-    import comfy_client
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False,
-                "Comfy.Minimap.Visible": False, "Comfy.RightSidePanel.IsOpen": False,
-                "LiteGraph.Canvas.MinFontSizeForLOD": 0}
-    post = urllib.request.Request(f"{url}/settings", json.dumps(settings).encode(),
-                                  {"Content-Type": "application/json"})
-    comfy_client.open_url(post).close()
-    page = browser.new_page(viewport={"width": 1600, "height": 1000})
-    page.goto(url)
-    page.wait_for_function(READY, timeout=60_000)
-    page.wait_for_timeout(3000)
+    """ComfyUI in a window that shows the graph alone."""
+    import browser
+    page = browser.open_page(browser.launch(playwright), url,
+                             {"Comfy.Minimap.Visible": False, "Comfy.RightSidePanel.IsOpen": False})
+    page.wait_for_timeout(2000)  # for what glides into place
     return page
 
 

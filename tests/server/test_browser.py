@@ -7,9 +7,8 @@ import contextlib
 import functools
 import json
 import re
-import shutil
-import urllib.request
 
+import browser
 import comfy_client
 import demo
 import environment
@@ -18,11 +17,9 @@ import stand_in
 from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need the Python package playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="the browser tests need Chromium on PATH")]
+pytestmark = [pytest.mark.browser,
+              pytest.mark.skipif(not browser.CHROMIUM, reason="the browser tests need Chromium on PATH")]
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
 PICTURES = environment.cache_folder() / "screenshots"
 WORKFLOWS = sorted((environment.REPOSITORY / "example_workflows").glob("*.json"))
 BLUEPRINTS = {  # the example that each is, as one node
@@ -35,7 +32,6 @@ SEARCHES = {  # what people type: the node
     "export lora": "ControlNeXtSaveAsLoRA", "align pose": "ControlNeXtAlignPose", "skeleton": "ControlNeXtDrawPose",
     "train controlnet": "ControlNeXtTrain", "export controlnext": "ControlNeXtSave",
 }
-READY = "() => !!(window.app?.graph && window.LiteGraph?.registered_node_types.ControlNeXtApply)"
 GRAPH = "() => app.graph.serialize()"
 PROMPT = "async () => (await app.graphToPrompt()).output"
 
@@ -44,20 +40,11 @@ PROMPT = "async () => (await app.graphToPrompt()).output"
 def open_page(url):
     """open_page(locale): ComfyUI in that language's window."""
     with playwright.sync_playwright() as run:  # ended with this module: other tests run event loops of their own
-        browser = run.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        chromium = browser.launch(run)
 
         @functools.cache
         def open_page(locale: str):
-            settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": locale, "Comfy.VueNodes.Enabled": False,
-                        "LiteGraph.Canvas.MinFontSizeForLOD": 0}  # texts at any zoom
-            post = urllib.request.Request(f"{url}/settings", json.dumps(settings).encode(),
-                                          {"Content-Type": "application/json"})
-            comfy_client.open_url(post).close()
-            page = browser.new_page(viewport={"width": 1600, "height": 1000})
-            page.set_default_timeout(60_000)  # of each wait: other tests may keep the machine busy
-            page.goto(url)
-            wait_until_ready(page)
-            return page
+            return browser.open_page(chromium, url, {"Comfy.Locale": locale})
         yield open_page
 
 
@@ -73,13 +60,6 @@ def page(open_page, request):
 def main_job(base) -> dict:
     Image.radial_gradient("L").resize((128, 96)).convert("RGB").save(base / "input" / "browser.png")
     return demo.main_job(stand_in.CHECKPOINT, stand_in.CONTROLNEXT, "browser.png", size=(128, 96), steps=1)
-
-
-def wait_until_ready(page) -> None:
-    page.wait_for_function(READY)
-    # its last or default workflow is open
-    page.wait_for_function("() => app.extensionManager.workflow.activeWorkflow && app.graph.nodes.length")
-    page.wait_for_timeout(1000)
 
 
 def search(page, words: str):
@@ -260,7 +240,7 @@ def test_a_saved_workflow_is_the_same_after_reloading_the_page(page, url, main_j
     page.wait_for_function("() => app.extensionManager.workflow.activeWorkflow?.filename == 'kept'")
     page.wait_for_timeout(500)
     page.reload()
-    wait_until_ready(page)
+    browser.wait_until_ready(page)
     page.evaluate("""async () => {
         const answer = await fetch('/api/userdata/workflows%2Fkept.json')
         await app.loadGraphData(await answer.json())

@@ -1,0 +1,39 @@
+"""ComfyUI's frontend in the Chromium that is on PATH, driven by Playwright."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.request
+
+import comfy_client
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False,
+            "LiteGraph.Canvas.MinFontSizeForLOD": 0}  # texts at any zoom
+
+
+def launch(playwright):
+    """A browser without a window."""
+    return playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+def open_page(browser, url: str, settings: dict):
+    """A page with the frontend of the server at `url`, ready for use; `settings` are the user's, beside SETTINGS."""
+    post = urllib.request.Request(f"{url}/settings", json.dumps(SETTINGS | settings).encode(),
+                                  {"Content-Type": "application/json"})
+    comfy_client.open_url(post).close()
+    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page.set_default_timeout(60_000)  # of each wait: the machine may be busy
+    page.goto(url)
+    wait_until_ready(page)
+    return page
+
+
+def wait_until_ready(page) -> None:
+    """Wait until the pack's nodes are there and a workflow, the last or the default one, is open."""
+    page.wait_for_function("() => !!(window.app?.graph && window.LiteGraph?.registered_node_types.ControlNeXtApply)")
+    page.wait_for_function("() => app.extensionManager.workflow.activeWorkflow && app.graph.nodes.length")
+    page.wait_for_timeout(1000)
