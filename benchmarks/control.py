@@ -23,13 +23,12 @@ def main() -> None:
     options = parser.parse_args()
     world.enter("--bf16-unet")  # twice as fast on a CPU
     import os
-    import sys
     from pathlib import Path
 
     import folder_paths
     import numpy as np
     import torch
-    sys.path.append(str(world.REPOSITORY))  # last, since ComfyUI has a module `nodes` of its own
+
     from demo_model import provide
     from demo_model.agreement import share_of_the_way
     from demo_model.measure import Demonstration, agreements

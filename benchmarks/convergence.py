@@ -70,16 +70,12 @@ def load_base():
     from demo_model import provide
     from demo_model.autoencoder import SD15_SCALE, Autoencoder
     from demo_model.denoiser import new_unet
-    tensors = {name: tensor.float() for name, tensor in load_file(provide.source(provide.CHECKPOINT)).items()}
-
-    def part(prefix: str) -> dict:
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-    unet, autoencoder, vae = new_unet(), Autoencoder(), part("first_stage_model.")
+    tensors = load_file(provide.source(provide.CHECKPOINT))
+    unet, autoencoder, vae = new_unet(), Autoencoder(), provide.part(tensors, provide.VAE)
     deviation = vae.pop("vae_scale").item() / SD15_SCALE
     del vae["vae_shift"]
     autoencoder.load_state_dict(vae)
-    unet.load_state_dict(part("model.diffusion_model."))
+    unet.load_state_dict(provide.part(tensors, provide.UNET))
     return unet, autoencoder.eval().requires_grad_(False), deviation
 
 
@@ -171,8 +167,6 @@ def main() -> None:
     if unknown := set(options.kinds) - set(LABELS):
         parser.error(f"{min(unknown)} is none of {', '.join(LABELS)}")
     world.enter()
-    import sys
-    sys.path.append(str(world.REPOSITORY))  # last, since ComfyUI has a module `nodes` of its own
     folder = world.environment.cache_folder() / "demo_model"
     files = {kind: folder / f"convergence_{kind}.json" for kind in LABELS}
     for kind, file in files.items():

@@ -51,16 +51,8 @@ def enter(*options: str) -> None:
                 *([] if torch.cuda.is_available() else ["--cpu"]), *options]
     import comfy.options
     comfy.options.enable_args_parsing()
-    _load_package("controlnext_core", REPOSITORY / "controlnext_core")
+    sys.path.append(str(REPOSITORY))  # last, since ComfyUI has a module `nodes` of its own
     logging.getLogger().setLevel(logging.ERROR)
-
-
-def _load_package(name: str, folder: Path) -> None:
-    import importlib.util
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py",
-                                                  submodule_search_locations=[str(folder)])
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
 
 class Pack:

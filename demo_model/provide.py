@@ -22,7 +22,7 @@ MASK, MASK_UNET = "drawings_mask_controlnet.safetensors", "drawings_mask_unet.sa
 LORA = "drawings_style_lora.safetensors"
 FILES = {CANNY: "controlnext", CANNY_UNET: "controlnext", MASK: "controlnext", MASK_UNET: "controlnext",
          LORA: "loras", CHECKPOINT: "checkpoints"}  # the checkpoint last: when it is whole, so are the others
-VAE = "first_stage_model."
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 
 def source(name: str) -> Path:
@@ -60,8 +60,13 @@ def checkpoint() -> dict:
     from demo_model.autoencoder import widened
     from demo_model.text import text_encoder_weights
     tensors = load_file(source(CHECKPOINT))
-    narrow = {name.removeprefix(VAE): tensors.pop(name) for name in list(tensors) if name.startswith(VAE)}
-    return tensors | {VAE + name: tensor for name, tensor in widened(narrow).items()} | text_encoder_weights()
+    vae = {VAE + name: tensor for name, tensor in widened(part(tensors, VAE)).items()}
+    return tensors | vae | text_encoder_weights()
+
+
+def part(tensors: dict, prefix: str) -> dict:
+    """The tensors whose names begin with `prefix`, named without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 if __name__ == "__main__":
