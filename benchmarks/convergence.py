@@ -106,7 +106,7 @@ def learn(kind: str, folder) -> dict:
     import torch
 
     from demo_model.agreement import drawn_edges, edge_f1
-    from demo_model.control import DROPPED_CAPTIONS, SNR_LIMIT
+    from demo_model.control import DROPPED_CAPTIONS, SNR_LIMIT, SWAPPED_CAPTIONS
     from demo_model.denoiser import denoising_loss
     from demo_model.loop import train
     from demo_model.samples import Samples, as_image, control_maps, encode, load_contexts, varied_drawings
@@ -138,8 +138,8 @@ def learn(kind: str, folder) -> dict:
         print(f"{kind}: step {step}, F1 {curve[step]:.3f}", flush=True)
         since = time.monotonic()
 
-    train(model, denoising_loss(model, samples, device, DROPPED_CAPTIONS, SNR_LIMIT), rates, STEPS,
-          folder / f"convergence_{kind}.pt", average=0.98, save_every=EVERY, watch=watch)
+    loss = denoising_loss(model, samples, device, DROPPED_CAPTIONS, SNR_LIMIT, SWAPPED_CAPTIONS)
+    train(model, loss, rates, STEPS, folder / f"convergence_{kind}.pt", average=0.98, save_every=EVERY, watch=watch)
     return {"f1": curve, "parameters": sum(value.numel() for group in rates for value in group["params"]),
             "seconds a step": spent / STEPS}
 

@@ -20,6 +20,7 @@ WIDTHS = {"stem_0": 32, "stem_1": 32, "width_0": 64, "width_1": 64, "width_2": 1
 LEARNING_RATE, UNET_LEARNING_RATE = 1e-3, 3e-4
 SNR_LIMIT = 1.0  # control is about where things are, which is settled while noise prevails
 DROPPED_CAPTIONS = 0.3  # more than usual: control is to work without a prompt as well
+SWAPPED_CAPTIONS = 0.3  # of edges, which tell more than a caption: they are to hold against what it makes expect
 
 
 class Controlled(nn.Module):

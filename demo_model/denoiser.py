@@ -21,6 +21,7 @@ UNET = {
 LEARNING_RATE = 8e-4
 DROPPED_CAPTIONS = 0.1
 SNR_LIMIT = 5.0  # min-SNR weighting (arXiv 2303.09556)
+SNR_OFFSET = 0.2  # without it the shape of the whole, which is settled in the most noise, is hardly learned
 # SD1.5's schedule: share of signal left at each of its timesteps
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, TIMESTEPS, dtype=torch.float64) ** 2, 0).float()
 
@@ -37,22 +38,23 @@ def new_unet() -> UNetModel:
 
 
 def denoising_loss(predict: Callable, samples: Samples, device: torch.device, dropped: float = DROPPED_CAPTIONS,
-                   snr_limit: float = SNR_LIMIT) -> Callable[[torch.Generator], torch.Tensor]:
+                   snr_limit: float = SNR_LIMIT, swapped: float = 0.0) -> Callable[[torch.Generator], torch.Tensor]:
     """The loss of a batch for ``predict(x, timestep, caption, control image) -> noise``.
 
     Args:
-        dropped: share of the captions that are replaced by the empty one.
-        snr_limit: of the weight that a sample's error in x0 has, its signal-to-noise ratio; low for coarse structure.
+        dropped, swapped: shares of the captions that are replaced by the empty one, and by another drawing's.
+        snr_limit: of the weight that a sample's error in x0 has, its signal-to-noise ratio + SNR_OFFSET; low for
+            coarse structure.
     """
     def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
         x0, caption, image, noise, timestep = (
-            value if value is None else value.to(device) for value in samples.batch(generator, dropped))
+            value if value is None else value.to(device) for value in samples.batch(generator, dropped, swapped))
         alpha = ALPHAS.to(device)[timestep]
         x = alpha.sqrt()[:, None, None, None] * x0 + (1 - alpha).sqrt()[:, None, None, None] * noise
         with torch.autocast(device.type, torch.bfloat16):
             predicted = predict(x, timestep.float(), caption, image)
         snr = alpha / (1 - alpha)
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        return (error * snr.clamp(max=snr_limit) / snr).mean()
+        return (error * (snr + SNR_OFFSET).clamp(max=snr_limit) / snr).mean()
 
     return loss_of_batch

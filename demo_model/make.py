@@ -18,21 +18,25 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyU
 
 import environment  # noqa: E402
 
-STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 4000, "checkpoint": 0, "canny": 3000, "mask": 1000}
+STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 12000, "canny": 3000, "mask": 1000}
+STAGES = (*STEPS, "checkpoint")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", choices=[[], *STEPS], metavar="STAGE",
-                        help=f"what to train, of {', '.join(STEPS)} (default: all in turn); needs those before it, but "
-                             f"only the pictures need the decoder")
+    parser.add_argument("stages", nargs="*", metavar="STAGE",
+                        help=f"what to make, of {', '.join(STAGES)} (default: all in turn); needs those before it, but "
+                             f"only the checkpoint needs the decoder")
     parser.add_argument("--folder", type=Path, help="for its state (default: demo_model in the cache folder)")
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights",
                         help="folder for what is made (default: %(default)s)")
     parser.add_argument("--share", type=float, default=1.0, help="of the steps, for a trial (default: 1)")
     # Set when the script runs again in the Python that runs ComfyUI.
     parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := set(options.stages) - set(STAGES):
+        parser.error(f"{min(unknown)} is none of {', '.join(STAGES)}")
+    return options
 
 
 class Making:
@@ -85,37 +89,29 @@ class Making:
         from demo_model.samples import encode
         return encode(self.varied, self.autoencoder().taesd_encoder)
 
-    def samples(self, controls=None):
+    def samples(self, latents, controls=None):
         from demo_model.samples import Samples, load_contexts
-        return Samples(self.latents[0], load_contexts(self.world, self.folder), controls, self.world)
+        return Samples(latents, load_contexts(self.world, self.folder), controls, self.world)
 
     def unet(self):
-        """The denoiser."""
+        """The denoiser, of upright drawings; a control meets mirrored ones as well."""
         from demo_model.denoiser import LEARNING_RATE, denoising_loss, new_unet
+        from demo_model.samples import UPRIGHT
         unet = new_unet().to(self.device)
         loss = denoising_loss(lambda x, timestep, caption, _: unet(x, timesteps=timestep, context=caption),
-                              self.samples(), self.device)
+                              self.samples(self.latents[0][:, :UPRIGHT]), self.device)
         return self.train("unet", unet, loss, [{"params": list(unet.parameters()), "lr": LEARNING_RATE}])
-
-    def checkpoint(self) -> None:
-        """Write UNet and VAE, and the drawings that they never saw."""
-        from demo_model.autoencoder import narrow_vae
-        from demo_model.world import save_held_out
-        tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in self.unet().state_dict().items()}
-        vae = narrow_vae(self.decoder(), self.latents[1])
-        tensors |= {f"first_stage_model.{name}": tensor for name, tensor in vae.items()}
-        self.save(tensors, "drawings.safetensors")
-        save_held_out(self.world, self.weights)
 
     def canny(self) -> None:
         from demo_model.agreement import drawn_edges
-        self.control("canny", drawn_edges)
+        from demo_model.control import SWAPPED_CAPTIONS
+        self.control("canny", drawn_edges, SWAPPED_CAPTIONS)
 
     def mask(self) -> None:
         from demo_model.agreement import drawn_region
         self.control("mask", drawn_region)
 
-    def control(self, kind: str, control) -> None:
+    def control(self, kind: str, control, swapped: float = 0.0) -> None:
         from controlnext_core.training import reference_files
         from demo_model.control import DROPPED_CAPTIONS, FAMILY, SNR_LIMIT, Controlled
         from demo_model.denoiser import denoising_loss
@@ -123,13 +119,24 @@ class Making:
         unet = self.unet()
         base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
         controlled = Controlled(unet).to(self.device)
-        samples = self.samples(control_maps(self.varied, control))
-        loss = denoising_loss(controlled, samples, self.device, DROPPED_CAPTIONS, SNR_LIMIT)
+        samples = self.samples(self.latents[0], control_maps(self.varied, control))
+        loss = denoising_loss(controlled, samples, self.device, DROPPED_CAPTIONS, SNR_LIMIT, swapped)
         trained = self.train(kind, controlled, loss, controlled.rates(), average=0.98)
         weights = trained.unet.state_dict()
         differences = {name: weights[key] - base[key] for name, key in controlled.trained.items()}
         for file, (tensors, metadata) in reference_files(trained.module.state_dict(), FAMILY, 1.0, differences).items():
             self.save(tensors, f"{kind}_{file}", metadata)
+
+    def checkpoint(self) -> None:
+        """Write UNet and VAE, and the drawings that they never saw."""
+        from demo_model.autoencoder import narrow_vae
+        from demo_model.provide import UNET, VAE
+        from demo_model.world import save_held_out
+        tensors = {UNET + name: tensor for name, tensor in self.unet().state_dict().items()}
+        vae = narrow_vae(self.decoder(), self.latents[1])
+        tensors |= {VAE + name: tensor for name, tensor in vae.items()}
+        self.save(tensors, "drawings.safetensors")
+        save_held_out(self.world, self.weights)
 
     def save(self, tensors: dict, file: str, metadata: dict | None = None) -> None:
         from safetensors.torch import save_file
@@ -148,7 +155,7 @@ def main() -> None:
         import comfy.options
         comfy.options.enable_args_parsing()
         making = Making(folder, options.weights, options.share)
-        for stage in options.stages or STEPS:
+        for stage in options.stages or STAGES:
             getattr(making, stage)()
         print(f"The weights are in {options.weights}")
     else:

@@ -15,7 +15,7 @@ from demo_model.agreement import drawn_region, edge_f1, iou
 from demo_model.control import PLACE
 from demo_model.world import SIZE
 
-SAMPLER = {"steps": 12, "cfg": 1.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
+SAMPLER = {"steps": 12, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
 BATCH = 16
 CONTROLS = {"canny": (provide.CANNY, provide.CANNY_UNET), "mask": (provide.MASK, provide.MASK_UNET)}
 
@@ -26,10 +26,11 @@ class Demonstration:
     Args:
         drawings: (N, SIZE, SIZE, 3) uint8 RGB, what the control images are made of.
         captions: N prompts.
+        cfg: scale of guidance, 1 for none.
     """
 
-    def __init__(self, run: Callable, drawings: np.ndarray, captions: list[str]):
-        self.run, self.drawings = run, drawings
+    def __init__(self, run: Callable, drawings: np.ndarray, captions: list[str], cfg: float = 1.0):
+        self.run, self.cfg = run, cfg
         self.model, self.clip, self.vae = run("CheckpointLoaderSimple", ckpt_name=provide.CHECKPOINT)
         self.prompts = [run("CLIPTextEncode", clip=self.clip, text=caption) for caption in ("", *captions)]
         self.images = torch.from_numpy(drawings).float() / 255
@@ -70,7 +71,7 @@ class Demonstration:
             context = torch.cat([prompt[0][0] for prompt in self.prompts[1:][rows]])
             latent = self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(context))
             latent = self.run("KSampler", model=controlled, positive=[[context, {}]], negative=self.prompts[0],
-                                 latent_image=latent, seed=seed * 1000 + first, **SAMPLER)
+                              latent_image=latent, seed=seed * 1000 + first, cfg=self.cfg, **SAMPLER)
             pictures.append(self.run("VAEDecode", samples=latent, vae=self.vae))
         return torch.cat(pictures)
 

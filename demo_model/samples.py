@@ -13,7 +13,7 @@ from demo_model.text import captions_to_contexts
 from demo_model.world import World, draw_variations, to_drawings, to_images, vary
 
 BATCH = 16
-VARIATIONS = 8  # of each drawing
+UPRIGHT, MIRRORED = 4, 4  # variations of each drawing, in this order
 TIMESTEPS = 1000
 
 
@@ -31,11 +31,18 @@ class Samples:
         self.latents, self.captions, self.controls = latents, captions, controls
         self.training = torch.from_numpy(world.training)
 
-    def batch(self, generator: torch.Generator, dropped: float) -> tuple[torch.Tensor, ...]:
-        """(x0, caption, control image or None, noise, timestep) of BATCH samples; timesteps spread evenly."""
+    def batch(self, generator: torch.Generator, dropped: float, swapped: float) -> tuple[torch.Tensor, ...]:
+        """(x0, caption, control image or None, noise, timestep) of BATCH samples; timesteps spread evenly.
+
+        Args:
+            dropped, swapped: shares of the captions that are replaced by the empty one, and by another drawing's.
+        """
         rows = self.training[torch.randint(len(self.training), (BATCH,), generator=generator)]
         columns = torch.randint(self.latents.shape[1], (BATCH,), generator=generator)
-        captioned = torch.where(torch.rand(BATCH, generator=generator) < dropped, len(self.captions) - 1, rows)
+        others = self.training[torch.randint(len(self.training), (BATCH,), generator=generator)]
+        chance = torch.rand(BATCH, generator=generator)
+        captioned = torch.where(chance < swapped, others, rows)
+        captioned = torch.where(chance >= 1 - dropped, len(self.captions) - 1, captioned)
         noise = torch.randn(BATCH, *self.latents.shape[2:], generator=generator)
         spread = (torch.randperm(BATCH, generator=generator) + torch.rand(BATCH, generator=generator)) / BATCH
         images = None
@@ -51,14 +58,16 @@ def as_image(control: torch.Tensor) -> torch.Tensor:
 
 
 def varied_drawings(world: World) -> list[torch.Tensor]:
-    """A tensor (VARIATIONS, 3, SIZE, SIZE) for each of the world's drawings; always the same ones."""
-    maps = draw_variations(len(world.captions) * VARIATIONS, torch.Generator().manual_seed(0))
-    return [vary(image.expand(VARIATIONS, -1, -1, -1), maps)
-            for image, maps in zip(to_images(world.drawings), maps.split(VARIATIONS), strict=True)]
+    """A tensor (UPRIGHT + MIRRORED, 3, SIZE, SIZE) for each of the world's drawings; always the same ones."""
+    generator, count = torch.Generator().manual_seed(0), len(world.captions)
+    maps = torch.cat([draw_variations(count * UPRIGHT, generator, 0.0).unflatten(0, (count, UPRIGHT)),
+                      draw_variations(count * MIRRORED, generator, 1.0).unflatten(0, (count, MIRRORED))], 1)
+    return [vary(image.expand(UPRIGHT + MIRRORED, -1, -1, -1), maps)
+            for image, maps in zip(to_images(world.drawings), maps, strict=True)]
 
 
 def encode(varied: list[torch.Tensor], encoder: nn.Module) -> tuple[torch.Tensor, float]:
-    """The latents (N, VARIATIONS, 4, h, w) of varied drawings, divided by their deviation, and that."""
+    """The latents (N, K, 4, h, w) of varied drawings, divided by their deviation, and that."""
     device = next(encoder.parameters()).device
     with torch.no_grad():
         latents = torch.stack([encoder(batch.to(device)).cpu() for batch in varied])
@@ -67,7 +76,7 @@ def encode(varied: list[torch.Tensor], encoder: nn.Module) -> tuple[torch.Tensor
 
 
 def control_maps(varied: list[torch.Tensor], control: Callable[[np.ndarray], np.ndarray]) -> torch.Tensor:
-    """What `control` makes of varied drawings (H, W, 3) uint8: (N, VARIATIONS, H, W) bool."""
+    """What `control` makes of varied drawings (H, W, 3) uint8: (N, K, H, W) bool."""
     return torch.stack([torch.from_numpy(np.stack([control(drawing) for drawing in to_drawings(batch)]))
                         for batch in varied])
 

@@ -2,14 +2,14 @@
 
     python demo_model/style_lora.py
 
-Sets up ComfyUI as the demo does, prints some of the training drawings in red ink on yellow paper, queues
+Sets up ComfyUI as the demo does, prints some of the training drawings in one ink, queues
 
     LoadImageTextDataSetFromFolder -> MakeTrainingDataset -> TrainLoraNode -> SaveLoRA
 
 and writes weights/style_lora.safetensors; it needs weights/drawings.safetensors, and npm for the drawings.
 
-Why this style: the other paper is seen at a glance, every line stays where it was, and these are colours that the VAE,
-which knows drawings on white alone, can show; of a blueprint's dark blue paper it makes green.
+Why this style: it is seen at a glance, every line stays where it was, and it needs no colours but those that the VAE,
+which knows emoji on white paper alone, can show; of a purer blue it makes green, of coloured paper spots.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyU
 
 import environment  # noqa: E402
 
-INK, PAPER = (120, 10, 20), (255, 225, 120)  # RGB
+INK, PAPER = (10, 95, 130), (255, 255, 255)  # RGB
 CONTRAST = 1.8  # exponent of the brightness, so that pale drawings take ink as well
 DRAWINGS = 64
 NAMELESS = 8  # every so manyth drawing has no caption, so that an empty prompt gets the style as well

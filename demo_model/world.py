@@ -77,13 +77,13 @@ def on_white(bgra: np.ndarray) -> np.ndarray:
     return cv2.resize(rgb.round().astype(np.uint8), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
 
 
-def draw_variations(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Affine maps (count, 2, 3), as `affine_grid` takes them: mirrored or not, a little turned, scaled and moved."""
+def draw_variations(count: int, generator: torch.Generator, mirrored: float = 0.5) -> torch.Tensor:
+    """Affine maps (count, 2, 3), as `affine_grid` takes them: a share `mirrored`, a little turned, scaled and moved."""
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
 
     angle, zoom = uniform(-math.pi / 30, math.pi / 30), 1 / uniform(0.85, 1.05)
-    mirror = (torch.rand(count, generator=generator) < 0.5).float() * 2 - 1
+    mirror = (torch.rand(count, generator=generator) >= mirrored).float() * 2 - 1
     shift_x, shift_y = uniform(-0.06, 0.06), uniform(-0.06, 0.06)
     rows = [torch.stack([mirror * zoom * angle.cos(), -mirror * zoom * angle.sin(), shift_x], 1),
             torch.stack([zoom * angle.sin(), zoom * angle.cos(), shift_y], 1)]
