@@ -58,7 +58,7 @@ def measured_for(count: int | None, *kinds: str):
     return measured
 
 
-edges_of_all = measured_for(None, "canny")  # whose margin is too small for fewer
+edges_of_all = measured_for(None, "canny")  # whose first pictures are harder than most
 of_some = measured_for(16, "canny", "mask")
 
 
@@ -78,5 +78,5 @@ def test_less_strength_goes_less_far(of_some):
     assert 0 < of_some.share(0.5) < of_some.share(1.0)
 
 
-def test_control_acts_beside_a_style_lora(of_some):
-    assert of_some.share(1.0, styled=True) > 0.1
+def test_control_holds_beside_a_style_lora(of_some):
+    assert of_some.share(1.0, styled=True) >= 0.4
