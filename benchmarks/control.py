@@ -22,30 +22,25 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
     world.enter("--bf16-unet")  # twice as fast on a CPU
-    import os
-    from pathlib import Path
-
-    import folder_paths
     import numpy as np
     import torch
 
     from demo_model import provide
     from demo_model.agreement import share_of_the_way
-    from demo_model.measure import Demonstration, agreements
+    from demo_model.measure import agreements
     from demo_model.world import load_held_out
 
-    pack = world.Pack()
-    provide.provide(Path(os.environ["COMFYUI_PATH"]), Path(folder_paths.models_dir))
     drawings, captions = load_held_out(provide.WEIGHTS)
-    demonstration = Demonstration(pack.run, drawings, captions)
+    demonstration = world.Pack().demonstration(drawings, captions)
     styled = demonstration.styled()
     bare = {(seed, model is styled): demonstration.draw(seed, model=model)
             for seed in options.seeds for model in (None, styled)}
+    reconstructed = demonstration.ceiling()
     results, rows = {}, [bare[options.seeds[0], False]]
     for kind, see in (("canny", demonstration.edges), ("mask", demonstration.regions)):
         controls = see(demonstration.images)
         others = np.roll(controls, TURN, axis=0)
-        ceiling = agreements(see(demonstration.ceiling()), controls, kind)
+        ceiling = agreements(see(reconstructed), controls, kind)
         found = {name: [] for name in ("off", "0.5", "1", "off, LoRA", "1, LoRA", "off, another's", "another's")}
         rows.append(torch.from_numpy(controls)[..., None].expand(-1, -1, -1, 3))
         for seed in options.seeds:
@@ -77,10 +72,7 @@ def main() -> None:
              for kind, result in results.items()]
     world.report("control", f"Agreement with control, {len(drawings)} held-out drawings, {len(options.seeds)} seeds",
                  header, table, {"seeds": list(options.seeds), "captions": captions, **results})
-    import cv2
-    sheet = np.concatenate([np.concatenate(list(row[:SHEET].float().numpy()), axis=1) for row in rows])
-    sheet = (sheet * 255).round().astype(np.uint8)
-    cv2.imwrite(str(world.FOLDER / "results" / "control.jpg"), sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
+    world.save_sheet("control", [row[:SHEET] for row in rows])
 
 
 if __name__ == "__main__":

@@ -13,34 +13,25 @@ import world
 PROMPTS = 64
 SEED = 1
 CFG = 3.0
+ROW = 16  # pictures
 COARSE = 24  # pixels a side at which pictures are compared
 
 
 def main() -> None:
     world.enter("--bf16-unet")  # twice as fast on a CPU
-    import os
-    from pathlib import Path
-
-    import cv2
-    import folder_paths
     import numpy as np
     import torch
 
-    from demo_model import provide
-    from demo_model.measure import Demonstration
     from demo_model.samples import UPRIGHT, varied_drawings
     from demo_model.world import load_world
 
     def coarse(images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.interpolate(images, (COARSE, COARSE), mode="area").flatten(1)
 
-    pack = world.Pack()
-    provide.provide(Path(os.environ["COMFYUI_PATH"]), Path(folder_paths.models_dir))
     drawn = load_world(world.environment.cache_folder() / "demo_model")
     prompts = drawn.training[::len(drawn.training) // PROMPTS][:PROMPTS]
     captions = [drawn.captions[index] for index in prompts]
-    demonstration = Demonstration(pack.run, drawn.drawings[prompts], captions, CFG)
-    pictures = demonstration.draw(SEED)
+    pictures = world.Pack().demonstration(drawn.drawings[prompts], captions, CFG).draw(SEED)
     varied = varied_drawings(drawn)
     known = torch.cat([coarse(varied[index][:UPRIGHT]) for index in drawn.training])
     distances = torch.cdist(coarse(pictures.movedim(-1, 1).float()), known).unflatten(1, (-1, UPRIGHT)).amin(dim=2)
@@ -50,9 +41,7 @@ def main() -> None:
     title = f"Pictures of {PROMPTS} captions whose own drawing is the most alike of {distances.shape[1]}"
     world.report("drawings", title, list(shares), [[f"{share:.0%}" for share in shares.values()]],
                  {"captions": captions, "ranks": ranks.tolist(), "cfg": CFG})
-    sheet = (pictures.numpy() * 255).round().astype(np.uint8).reshape(4, -1, *pictures.shape[1:])
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in sheet])
-    cv2.imwrite(str(world.FOLDER / "results" / "drawings.jpg"), sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
+    world.save_sheet("drawings", pictures.split(ROW))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,13 @@ class Pack:
         save_file(stand_in.random_weights(stand_in.controlnext_shapes(), seed=0), file)
         return self.run("ControlNeXtLoader", controlnext_name=file.name, variant=variant)
 
+    def demonstration(self, drawings, captions: list[str], cfg: float = 1.0):
+        """The demonstration's trained model, drawing for these captions (demo_model/measure.py)."""
+        from demo_model import provide
+        from demo_model.measure import Demonstration
+        provide.provide(Path(os.environ["COMFYUI_PATH"]), self._models)
+        return Demonstration(self.run, drawings, captions, cfg)
+
 
 def unet(base: str, dtype, cut: bool):
     """A MODEL of ComfyUI's class for ``base`` with seeded random weights and the released widths.
@@ -159,6 +166,15 @@ def machine() -> dict:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def save_sheet(name: str, rows: list) -> None:
+    """Write rows of pictures, each (N, H, W, 3) from 0 to 1, as results/NAME.jpg."""
+    import cv2
+    import numpy as np
+    sheet = np.concatenate([np.concatenate(list(row.float().numpy()), axis=1) for row in rows])
+    sheet = (sheet * 255).round().astype(np.uint8)
+    cv2.imwrite(str(FOLDER / "results" / f"{name}.jpg"), sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
 
 
 def report(name: str, title: str, header: list[str], rows: list[list[str]], data: dict) -> None:

@@ -130,12 +130,12 @@ class Making:
     def checkpoint(self) -> None:
         """Write UNet and VAE, and the drawings that they never saw."""
         from demo_model.autoencoder import narrow_vae
-        from demo_model.provide import UNET, VAE
+        from demo_model.provide import CHECKPOINT, UNET, VAE
         from demo_model.world import save_held_out
         tensors = {UNET + name: tensor for name, tensor in self.unet().state_dict().items()}
         vae = narrow_vae(self.decoder(), self.latents[1])
         tensors |= {VAE + name: tensor for name, tensor in vae.items()}
-        self.save(tensors, "drawings.safetensors")
+        self.save(tensors, CHECKPOINT)
         save_held_out(self.world, self.weights)
 
     def save(self, tensors: dict, file: str, metadata: dict | None = None) -> None:

@@ -126,7 +126,8 @@ def test_a_unet_that_gets_some_weights_from_a_file_equals_reference(run, goldens
     assert difference <= BOUND[base]
 
 
-@pytest.mark.parametrize("base", ["sd15", "sdxl", "svd"], indirect=True, scope="module")  # without the mark: takes long
+# without the fixture's mark `versions`, since it takes long
+@pytest.mark.parametrize("base", BASES, indirect=True, scope="module")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_within_two_percent_of_float32(run, goldens, models_folder, base, unet, dtype):
     """On the goldens' inputs, with the family that most files of the base are of."""
