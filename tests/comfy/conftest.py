@@ -67,3 +67,14 @@ def pack(comfy_nodes):
     """pack("nodes.apply"): a module of the loaded pack, pack() itself: for what cannot be seen through its nodes."""
     root = comfy_nodes["ControlNeXtApply"].__module__.rsplit(".nodes.", 1)[0]
     return lambda name="": sys.modules[f"{root}.{name}".removesuffix(".")]
+
+
+@pytest.fixture(scope="session")
+def demonstrate(run, models_folder):
+    """demonstrate(count): the demonstration's trained model for the first `count` held-out drawings, None for all."""
+    from demo_model import provide
+    from demo_model.measure import Demonstration
+    from demo_model.world import load_held_out
+    provide.provide(Path(os.environ["COMFYUI_PATH"]), models_folder)
+    drawings, captions = load_held_out(provide.WEIGHTS)
+    return lambda count: Demonstration(run, drawings[:count], captions[:count])

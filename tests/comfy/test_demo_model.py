@@ -1,15 +1,10 @@
 """The demonstration's trained model: its pictures follow their control, for drawings that no training saw."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from demo_model import provide
 from demo_model.agreement import share_of_the_way
 from demo_model.measure import Demonstration, agreements
-from demo_model.world import load_held_out
 
 SEED = 1
 
@@ -50,10 +45,8 @@ def measured_for(count: int | None, *kinds: str):
     drawn = {}
 
     @pytest.fixture(scope="module", params=kinds)
-    def measured(run, models_folder, request) -> Measured:
-        provide.provide(Path(os.environ["COMFYUI_PATH"]), models_folder)
-        drawings, captions = load_held_out(provide.WEIGHTS)
-        return Measured(Demonstration(run, drawings[:count], captions[:count]), request.param, drawn)
+    def measured(demonstrate, request) -> Measured:
+        return Measured(demonstrate(count), request.param, drawn)
 
     return measured
 

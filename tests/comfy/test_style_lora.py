@@ -1,8 +1,5 @@
 """The style LoRA of demo_model/style_lora.py, which ComfyUI's own training node made, in the stock LoRA loader."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from safetensors.torch import load_file
@@ -10,14 +7,11 @@ from safetensors.torch import load_file
 from demo_model import provide
 from demo_model.measure import Demonstration
 from demo_model.style_lora import INK, PAPER
-from demo_model.world import load_held_out
 
 
 @pytest.fixture(scope="module")
-def demonstration(run, models_folder) -> Demonstration:
-    provide.provide(Path(os.environ["COMFYUI_PATH"]), models_folder)
-    drawings, captions = load_held_out(provide.WEIGHTS)
-    return Demonstration(run, drawings[:4], captions[:4])
+def demonstration(demonstrate) -> Demonstration:
+    return demonstrate(4)
 
 
 def test_every_key_of_the_lora_is_taken(demonstration, caplog):
