@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+GOLDENS = REPO / "tests" / "goldens"
 
 
 def load_package(name: str, folder: Path):
@@ -26,16 +26,6 @@ def load_module(name: str, path: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def find_goldens() -> Path:
-    folders = [REPO / "tests" / "goldens", REPO.parent / "shared" / "reference" / "goldens"]
-    if "CONTROLNEXT_GOLDENS" in os.environ:
-        folders.insert(0, Path(os.environ["CONTROLNEXT_GOLDENS"]))
-    for folder in folders:
-        if (folder / "module.json").exists():
-            return folder
-    raise FileNotFoundError("The goldens are missing; set CONTROLNEXT_GOLDENS to the folder that holds module.json.")
 
 
 load_package("controlnext_core", REPO / "controlnext_core")
@@ -80,4 +70,4 @@ class Goldens:
 
 @pytest.fixture(scope="session")
 def goldens() -> Goldens:
-    return Goldens(find_goldens())
+    return Goldens(GOLDENS)
