@@ -115,6 +115,18 @@ class ControlNeXtModule(nn.Module):
         self.mid_convs = nn.ModuleList([nn.Sequential(*middle),
                                         operations.Conv2d(last, self.out_channels, 1, **layer)])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.mid_convs[1].weight.dtype
+
+    def peak(self, pixels: int, stem_pool: bool) -> int:
+        """How many numbers are alive at most, to 20 %, while one image of so many pixels becomes features."""
+        width = self.down_res[0].conv1.out_channels
+        if self.embedding is None:
+            return 5 * width * pixels
+        return (2 if stem_pool else 5) * width * pixels // 4  # pooled, the stem itself takes most
+
     def image_part(self, image: torch.Tensor, stem_padding: int, stem_pool: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """What depends on the image alone: the stem and the first resnet block up to the timestep.
 

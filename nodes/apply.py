@@ -1,16 +1,13 @@
 """Apply ControlNeXt."""
 
-import comfy.model_base
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_api.latest import io
 
-from ..controlnext_core.families import Family, resolve
-from ..controlnext_core.sizes import as_rgb
-from .control import Control
+from .base import settle
+from .control import Control, control_image
 from .injection import add_control
 from .model import ControlNeXt, ControlNeXtType
-from .places import PLACES, Place, places_of
+from .places import PLACES
 from .preview import show_strength
 from .strength_over_time import CurveInput, StrengthOverTime
 
@@ -62,11 +59,8 @@ class ControlNeXtApply(io.ComfyNode):
         if start_percent >= end_percent:
             raise ValueError(f"start_percent: {start_percent:g} is not before end_percent {end_percent:g}; set "
                              f"start_percent below end_percent.")
-        image = as_rgb(image)
-        if not torch.isfinite(image).all():
-            raise ValueError("image: the control image holds NaN or infinite values; check the node that made it.")
-        family = family_of(model.model, controlnext)
-        place = _place(model.model, controlnext, family.place if inject_at == "auto" else inject_at)
+        image = control_image(image)
+        family, place, (positive, negative) = settle(model.model, controlnext, inject_at, apply_to)
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])
             mask, strength = (None, strength) if (mask == 1).all() else (mask, strength if mask.any() else 0.0)
@@ -77,8 +71,6 @@ class ControlNeXtApply(io.ComfyNode):
         chart = show_strength(strength, start_percent, end_percent, over_time)
         if strength == 0.0:
             return io.NodeOutput(model, ui=chart)
-        positive, negative = family.gains(controlnext.loaded.checkpoint.scale)
-        negative = {"auto": negative, "both": positive, "positive": 0.0}[apply_to]
         control = Control(
             controlnext, family, place, image, mask, (strength * positive, strength * negative),
             (float(sampling.percent_to_sigma(start_percent)), float(sampling.percent_to_sigma(end_percent))),
@@ -99,32 +91,3 @@ def _inputs_over_time() -> list[io.Input]:
         "strength_curve", optional=True, advanced=True, extra_dict={"forceInput": True},
         tooltip="Strength over time: a curve that multiplies strength, from the first step (left) to the last "
                 "(right)."), keyframes]
-
-
-def base_of_model(base_model) -> str:
-    """The base (a key of ``BASE_NAMES``) of a MODEL. ValueError: no UNet."""
-    if not isinstance(base_model.diffusion_model, UNetModel):
-        raise ValueError(f"model: ControlNeXt steers SD1.5, SDXL and SVD models; the connected MODEL is a "
-                         f"{type(base_model).__name__}, which is not supported yet.")
-    if isinstance(base_model, comfy.model_base.SVD_img2vid):
-        return "svd"
-    return "sdxl" if isinstance(base_model, comfy.model_base.SDXL) else "sd15"
-
-
-def family_of(base_model, controlnext: ControlNeXt) -> Family:
-    """The file's family for this MODEL. ValueError: no UNet, or a UNet of another base."""
-    return resolve(controlnext.loaded.checkpoint.layout, controlnext.variant, base_of_model(base_model))
-
-
-def _place(base_model, controlnext: ControlNeXt, name: str) -> Place:
-    """The named place of this MODEL. ValueError: it has no such place, or one of another width; says which fit."""
-    places = places_of(base_model.diffusion_model)
-    channels = controlnext.loaded.checkpoint.module.out_channels
-    fitting = [other for other, place in places.items() if place.channels == channels]
-    if name in fitting:
-        return places[name]
-    found = f"is {places[name].channels} channels wide there" if name in places else "has no such place"
-    advice = (f"set inject_at to {' or '.join(fitting)}" if fitting
-              else "none of its places fits, so choose a ControlNeXt file made for this MODEL")
-    raise ValueError(f"inject_at: {controlnext.name} gives {channels} channels and should enter at {name}, but the "
-                     f"connected MODEL {found}; {advice}.")

@@ -1,4 +1,4 @@
-"""One Apply ControlNeXt: what it asks for, and the features and weights that it gives to one forward of the UNet."""
+"""One control: what it asks for, and the features and weights that it gives to one forward of the UNet."""
 
 import hashlib
 import logging
@@ -10,9 +10,11 @@ import torch
 
 from ..controlnext_core.cross_normalization import fit, pool
 from ..controlnext_core.families import Family
-from ..controlnext_core.sizes import crop, halved
+from ..controlnext_core.sizes import as_rgb, crop, halved
 from .model import ControlNeXt
 from .places import Place
+
+RESIZING = "lanczos"  # of control images, as the reference does
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Forward:
     Attributes:
         sigma: noise level of the call.
         timesteps: the UNet's own timestep for each sample of a half.
-        halves: the guidance halves in the batch, in order.
+        halves: the guidance halves in the batch, in order; all of them again for each tile of a tiled picture.
         latent: (H, W) of the whole latent.
         size: (H, W) of the latent in this call, smaller than ``latent`` for a regional cond.
         frames: for each sample of a half, its place in the whole batch or video.
@@ -63,23 +65,30 @@ class Control:
         ratio: pixels of the image that one latent pixel stands for.
         window_reference: the first frame of every context window is controlled by the first image.
         over_time: noise level -> factor of the gains, or None.
+        fits_areas: for a cond with an area, an image that is not as large as the picture is fitted into the area, as
+            ComfyUI's own ControlNets do; without it the area gets its part of the image.
+        row_by_row: there is an image for each row of the batch, guidance halves included.
     """
 
     def __init__(self, controlnext: ControlNeXt, family: Family, place: Place, image: torch.Tensor,
                  mask: torch.Tensor | None, gains: tuple[float, float], sigmas: tuple[float, float], ratio: int,
-                 window_reference: bool, over_time: Callable[[float], float] | None = None):
+                 window_reference: bool, over_time: Callable[[float], float] | None = None, fits_areas: bool = False,
+                 row_by_row: bool = False):
         self.loaded = controlnext.loaded
         self.patcher = controlnext.patcher
         self.family = family
         self.place = place
         self.image = image.movedim(-1, 1)
         self.fingerprints = [_fingerprint(one) for one in image]
+        self._first = {fingerprint: index for index, fingerprint in reversed(list(enumerate(self.fingerprints)))}
         self.mask = None if mask is None else mask[:, None]
         self.gains = gains
         self.sigmas = sigmas
         self.ratio = ratio
         self.window_reference = window_reference
         self.over_time = over_time
+        self.fits_areas = fits_areas
+        self.row_by_row = row_by_row
         self._resized: torch.Tensor | None = None
         self._warned = False
 
@@ -89,28 +98,32 @@ class Control:
         gains = [factor * self.gains[0 if half.positive else 1] for half in forward.halves]
         if not self.sigmas[1] <= forward.sigma <= self.sigmas[0] or not any(gains):
             return None
-        areas = dict.fromkeys(half.area for half in forward.halves)
-        by_area = {area: self._features(forward, area) for area in areas}
-        if len(areas) == 1:
-            features = by_area[forward.halves[0].area][None]
+        wanted = [(half.area, self._images(forward, index)) for index, half in enumerate(forward.halves)]
+        computed = {one: self._features(forward, *one) for one in dict.fromkeys(wanted)}
+        if len(computed) == 1:
+            features = computed[wanted[0]][None]
         else:
-            features = torch.stack([by_area[half.area] for half in forward.halves])
+            features = torch.stack([computed[one] for one in wanted])
         return features, self._weights(forward, gains)
 
-    def end_run(self) -> None:
-        """Give back what only a running sampling needs."""
-        self.loaded.image_parts.clear()
-        self.loaded.features.end_run()
+    def _images(self, forward: Forward, half: int) -> tuple[int, ...]:
+        """Which image controls each sample of a half; of equal ones the first."""
+        if self.row_by_row:
+            indices = range(half * len(forward.frames), (half + 1) * len(forward.frames))
+        else:
+            frames = (0, *forward.frames[1:]) if self.window_reference else forward.frames
+            indices = [frame % len(self.image) for frame in frames]
+            if len(self.image) not in (1, forward.total) and not self._warned:
+                self._warned = True
+                logging.warning("ControlNeXt: %d control images for a batch of %d; they are %s.", len(self.image),
+                                forward.total, "cut" if len(self.image) > forward.total
+                                else "repeated from the first on")
+        return tuple(self._first[self.fingerprints[index]] for index in indices)
 
-    def _features(self, forward: Forward, area: tuple[int, int, int, int] | None) -> torch.Tensor:
+    def _features(self, forward: Forward, area: tuple[int, int, int, int] | None,
+                  images: tuple[int, ...]) -> torch.Tensor:
         """Standardized features (1 or samples, C, H, W) at the UNet's size, each image and timestep computed once."""
-        frames = (0, *forward.frames[1:]) if self.window_reference else forward.frames
-        wanted = [(frame % len(self.image), timestep)
-                  for frame, timestep in zip(frames, forward.timesteps, strict=True)]
-        if len(self.image) not in (1, forward.total) and not self._warned:
-            self._warned = True
-            logging.warning("Apply ControlNeXt: %d control images for a batch of %d; they are %s.", len(self.image),
-                            forward.total, "cut" if len(self.image) > forward.total else "repeated from the first on")
+        wanted = list(zip(images, forward.timesteps, strict=True))
         computed = {pair: self._features_of(*pair, forward, area) for pair in dict.fromkeys(wanted)}
         if len(computed) == 1:
             return computed[wanted[0]]
@@ -120,13 +133,18 @@ class Control:
         """Features of one image at one timestep: images go one by one, so that no result depends on its batch."""
         family, module = self.family, self.patcher.model
         size = halved(forward.size, self.place.halvings)
-        image_key = (self.fingerprints[index], forward.latent, self.ratio, area, family.name, forward.dtype,
+        fitted = self.fits_areas and area is not None and self.image.shape[-2:] != self._pixels(forward.latent)
+        image_key = (self.fingerprints[index], forward.latent, self.ratio, area, fitted, family.name, forward.dtype,
                      forward.device, torch.is_inference_mode_enabled())  # training cannot use inference's tensors
 
         def image_part():
-            image = self._at_size(forward.latent)[index:index + 1]
-            if area is not None:
-                image = crop(image, area, self.ratio)
+            if fitted:
+                height, width = self._pixels(area[:2])
+                image = comfy.utils.common_upscale(self.image[index:index + 1], width, height, RESIZING, "center")
+            else:
+                image = self._at_size(forward.latent)[index:index + 1]
+                if area is not None:
+                    image = crop(image, area, self.ratio)
             return module.image_part(image.to(forward.device, forward.dtype), family.stem_padding, family.stem_pool)
 
         def features():
@@ -149,15 +167,19 @@ class Control:
 
     def _at_size(self, latent: tuple[int, int]) -> torch.Tensor:
         """The control images (N, 3, H, W) at the sampled image's size, stretched with Lanczos as the reference does."""
-        height, width = latent[0] * self.ratio, latent[1] * self.ratio
+        height, width = self._pixels(latent)
         if self.image.shape[-2:] == (height, width):
             return self.image
         resized = self._resized  # held: another thread may exchange it
         if resized is None or resized.shape[-2:] != (height, width):
-            logging.info("Apply ControlNeXt: the control image is resized from %dx%d to %dx%d.",
+            logging.info("ControlNeXt: the control image is resized from %dx%d to %dx%d.",
                          self.image.shape[-1], self.image.shape[-2], width, height)
-            resized = self._resized = comfy.utils.common_upscale(self.image, width, height, "lanczos", "disabled")
+            resized = self._resized = comfy.utils.common_upscale(self.image, width, height, RESIZING, "disabled")
         return resized
+
+    def _pixels(self, latent: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) in pixels of a latent's."""
+        return latent[0] * self.ratio, latent[1] * self.ratio
 
     def _weights(self, forward: Forward, gains: list[float]) -> torch.Tensor:
         """Multipliers (halves, samples or 1, 1, H or 1, W or 1): the half's gain times the mask."""
@@ -169,6 +191,13 @@ class Control:
         size = halved(forward.size, self.place.halvings)
         masks = [pool(mask if half.area is None else crop(mask, half.area, 1), size) for half in forward.halves]
         return gain * torch.stack(masks).to(forward.device, forward.dtype)
+
+
+def control_image(image: torch.Tensor) -> torch.Tensor:
+    """A control image as users connect it, (N, H, W, C), as (N, H, W, 3) float32. ValueError: values not finite."""
+    if not torch.isfinite(image).all():
+        raise ValueError("image: the control image holds NaN or infinite values; check the node that made it.")
+    return as_rgb(image).float()
 
 
 def _fingerprint(image: torch.Tensor) -> str:

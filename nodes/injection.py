@@ -1,7 +1,8 @@
 """How control gets into ComfyUI's UNet: patches that add, and wrappers that prepare what they add.
 
-A patch object at each place holds the controls that enter there. For every forward, ``run_controls`` runs their modules
-outside the (perhaps compiled) UNet and hands the result over in transformer_options; the patch only adds.
+A patch object at each place adds what transformer_options hold ready for it. For every forward, ``run_controls`` (of
+controls that sit in the MODEL) and ``serve`` (of controls that hang on a conditioning) have the modules run outside the
+(perhaps compiled) UNet and hand the result over.
 """
 
 from comfy.patcher_extension import CallbacksMP, WrappersMP
@@ -15,12 +16,15 @@ CONDS_KEY = "controlnext_conds"
 
 
 class Injection:
-    """A patch in ComfyUI's own protocol: adds the controls of one place to the features there.
+    """A patch in ComfyUI's own protocol: adds whatever is ready for one place to the features there.
 
-    Its controls all normalize against the same features, so the order of the Apply nodes does not matter.
+    All of it normalizes against the same features, so the order of the Apply nodes does not matter.
+
+    Args:
+        controls: those that sit in the MODEL.
     """
 
-    def __init__(self, place: Place, controls: tuple[Control, ...]):
+    def __init__(self, place: Place, controls: tuple[Control, ...] = ()):
         self.place = place
         self.controls = controls
 
@@ -29,8 +33,8 @@ class Injection:
             h, rest, options = args[0]["h"], None, args[0]["transformer_options"]
         else:  # (h, options) after an input block, (h, skip, options) before an output block
             h, *rest, options = args
-        ready = options.get(KEY, {}).get(self.place)
-        if ready is not None and options["block"] == self.place.block:
+        ready = [one for places in options.get(KEY, {}).values() for one in places.get(self.place, ())]
+        if ready and options["block"] == self.place.block:
             h = add_controls(h, ready)
         if rest is None:
             return {"h": h}
@@ -46,13 +50,10 @@ class Injection:
 def add_control(model, control: Control):
     """A clone of ``model`` (a ModelPatcher) in which ``control`` acts beside any others; ``model`` stays as it is."""
     model = model.clone()
-    patches = model.model_options["transformer_options"].setdefault("patches", {})
-    slot = patches.setdefault(control.place.slot, [])
-    here = next((patch for patch in slot if isinstance(patch, Injection) and patch.place == control.place), None)
-    if here is None:
-        slot.append(Injection(control.place, (control,)))
-    else:
-        slot[slot.index(here)] = Injection(control.place, (*here.controls, control))
+    options = model.model_options["transformer_options"]
+    here = _injection_at(options, control.place)
+    controls = () if here is None else here.controls
+    _put_injection(options, Injection(control.place, (*controls, control)))
     if not model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, run_controls)
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, note_conds)
@@ -60,11 +61,36 @@ def add_control(model, control: Control):
     return model
 
 
+def serve(options: dict, source: int, control: Control, forward: Forward) -> None:
+    """Have ``control`` act in the one forward that gets these transformer_options, in place of what ``source`` gave.
+
+    Args:
+        source: tells the controls of a forward apart; the same one for the same control in the next forward, since
+            tiles get the same transformer_options one after the other.
+    """
+    prepared = control(forward)
+    options[KEY] = {**options.get(KEY, {}), source: {} if prepared is None else {control.place: [prepared]}}
+    if _injection_at(options, control.place) is None:
+        _put_injection(options, Injection(control.place))
+
+
+def _injection_at(options: dict, place: Place) -> Injection | None:
+    return next((injection for injection in _injections(options) if injection.place == place), None)
+
+
+def _put_injection(options: dict, injection: Injection) -> None:
+    """Put a patch into transformer_options, in place of the one for the same place; lists that are there stay."""
+    patches, slot = options.get("patches", {}), injection.place.slot
+    others = [patch for patch in patches.get(slot, ())
+              if not (isinstance(patch, Injection) and patch.place == injection.place)]
+    options["patches"] = {**patches, slot: [*others, injection]}
+
+
 def end_run(model):
     """ON_CLEANUP callback, after every sampling, also one that was interrupted."""
     for injection in _injections(model.model_options["transformer_options"]):
         for control in injection.controls:
-            control.end_run()
+            control.loaded.end_run()
 
 
 def _injections(options: dict) -> list[Injection]:
@@ -77,7 +103,7 @@ def note_conds(executor, x, timestep, model_options=None, seed=None):
     model_options = model_options or {}
     conds = {cond["uuid"]: Half(name == "positive", _clamped(cond.get("area"), tuple(x.shape[2:])))
              for name, conds in executor.class_obj.conds.items() for cond in conds or ()}
-    options = {**model_options.get("transformer_options", {}), CONDS_KEY: (conds, tuple(x.shape[-2:]))}
+    options = {**model_options.get("transformer_options", {}), CONDS_KEY: (conds, tuple(x.shape[-2:]), x.shape[0])}
     return executor(x, timestep, {**model_options, "transformer_options": options}, seed)
 
 
@@ -92,7 +118,7 @@ def _clamped(area, latent: tuple[int, ...]) -> tuple[int, int, int, int] | None:
 def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
     """APPLY_MODEL wrapper: compute what every control adds in this forward, before and outside the UNet."""
     transformer_options = transformer_options or {}
-    forward = _describe(executor.class_obj, x, t, transformer_options)
+    forward = describe(executor.class_obj, x, t, transformer_options)
     ready = {}
     for injection in _injections(transformer_options):
         controls = [prepared for prepared in (one(forward) for one in injection.controls) if prepared is not None]
@@ -100,22 +126,25 @@ def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
             ready[injection.place] = controls
     if "num_video_frames" in kwargs:  # SVD's; ComfyUI does not count the frame that its causal window fix adds
         kwargs["num_video_frames"] = len(forward.frames)
-    return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, KEY: ready}, **kwargs)
+    transformer_options = {**transformer_options, KEY: {**transformer_options.get(KEY, {}), "model": ready}}
+    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
-def _describe(base_model, x, t, options: dict) -> Forward:
+def describe(base_model, x, t, options: dict) -> Forward:
     """The Forward of one APPLY_MODEL call of ``base_model`` on the latents ``x`` (B, C, H, W) at sigmas ``t`` (B,)."""
     size = tuple(x.shape[-2:])
     indices = options.get("cond_or_uncond") or [0]
-    conds, latent = options.get(CONDS_KEY, ({}, size))
+    conds, latent, samples = options.get(CONDS_KEY, ({}, size, 0))
     uuids = options.get("uuids") or [None] * len(indices)
     # conds that a patch made for itself are not noted; ComfyUI puts the positive one first
     halves = tuple(conds.get(uuid) or Half(index == 0, None) for uuid, index in zip(uuids, indices, strict=True))
     if any(half.area is None for half in halves):
         latent = size
-    samples = x.shape[0] // len(halves)
-    timesteps = base_model.model_sampling.timestep(t[:samples]).float()
-    frames, total = _frames(samples, options)
+    rows = x.shape[0] // len(halves)
+    # more rows than there are in the whole batch are those of several tiles, all halves of a tile together
+    frames, total = _frames(rows if not samples or rows % samples else samples, options)
+    halves *= rows // len(frames)
+    timesteps = base_model.model_sampling.timestep(t[:len(frames)]).float()
     return Forward(float(t[0]), tuple(timesteps.tolist()), halves, latent, size, frames, total,
                    base_model.get_dtype_inference(), x.device)
 

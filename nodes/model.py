@@ -14,7 +14,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io
 
 from ..controlnext_core import checkpoint
-from ..controlnext_core.training import FAMILY_KEY
+from ..controlnext_core.training import FAMILY_KEY, with_scale
 from .feature_cache import FeatureCache, limit_from_environment
 from .files import find_file, read_metadata, read_state_dict
 
@@ -32,24 +32,36 @@ class LoadedModule:
     Args:
         state_dict: from a file or a training.
         reload: (function, arguments) that give this ModelPatcher again, for when ComfyUI needs a copy of its own.
+        load_device: where it runs, if not where ComfyUI runs models.
     """
 
-    def __init__(self, state_dict: dict, name: str, reload: tuple, disable_dynamic: bool = False):
+    def __init__(self, state_dict: dict, name: str, reload: tuple, disable_dynamic: bool = False, load_device=None):
         try:
             read = checkpoint.read(state_dict, name, operations=comfy.ops.manual_cast,
                                    device=comfy.model_management.unet_offload_device())
         except ValueError as error:
             raise ValueError(f"controlnext_name: {error}") from None
         patcher_class = (comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher)
-        self.patcher = patcher_class(read.module, load_device=comfy.model_management.get_torch_device(),
+        load_device = load_device or comfy.model_management.get_torch_device()
+        self.patcher = patcher_class(read.module, load_device=load_device,
                                      offload_device=comfy.model_management.unet_offload_device())
         read.module.load_state_dict(read.state_dict, assign=self.patcher.is_dynamic())
         self.patcher.cached_patcher_init = reload
-        self.checkpoint = read
+        self.checkpoint, self.name = read, name
         limit = limit_from_environment()
         self.features, self.image_parts = FeatureCache(limit), FeatureCache(limit // 2)
         self.patcher.add_callback_with_key(CallbacksMP.ON_DETACH, "controlnext",
                                            partial(_give_back, (self.features, self.image_parts)))
+
+    def on_device(self, load_device) -> "LoadedModule":
+        """A copy for another device."""
+        state_dict = with_scale(self.checkpoint.state_dict, self.checkpoint.scale)
+        return LoadedModule(state_dict, self.name, self.patcher.cached_patcher_init, True, load_device)
+
+    def end_run(self) -> None:
+        """Give back what only a running sampling needs."""
+        self.image_parts.clear()
+        self.features.end_run()
 
 
 def _give_back(caches: tuple[FeatureCache, ...], patcher, unpatch_all: bool) -> None:

@@ -18,7 +18,7 @@ from ..controlnext_core.families import BASE_NAMES, resolve
 from ..controlnext_core.training import UNET_PATTERNS, Training, new_module, select_weights, with_scale
 from ..controlnext_core.unet_keys import diffusers_to_ldm
 from ..controlnext_core.unet_weights import read
-from .apply import base_of_model, family_of
+from .base import base_of_model, family_of
 from .model import ControlNeXt, ControlNeXtType, trained_controlnext
 from .places import places_of
 from .preview import send_text, show_text

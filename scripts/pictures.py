@@ -160,6 +160,7 @@ def run(options) -> None:
     for make in (provide, stand_in):
         make.provide(options.comfyui, base / "models")
     graph["apply"]["inputs"]["end_percent"] = 0.8
+    graph["control_net"] = {"class_type": "ControlNeXtToControlNet", "inputs": {"controlnext": ["controlnext", 0]}}
     graph["lora"] = {"class_type": "ControlNeXtSaveAsLoRA", "inputs": {
         "unet_name": provide.CANNY_UNET, "model": ["checkpoint", 0], "filename_prefix": "loras/ControlNeXt", "rank": 0}}
     # the project's own model has no place where training for SD1.5 adds control
@@ -181,6 +182,7 @@ def run(options) -> None:
         page.wait_for_function("() => ['save', 'lora', 'saved'].every(id => app.nodeOutputs[id])", timeout=600_000)
         page.wait_for_timeout(3000)  # the pictures on the nodes, and the message that the run is over
         photograph_nodes(page, {"controlnext": "ControlNeXtLoader", "apply": "ControlNeXtApply",
+                                "control_net": "ControlNeXtToControlNet",
                                 "unet_weights": "ControlNeXtUNetLoader", "lora": "ControlNeXtSaveAsLoRA",
                                 "train": "ControlNeXtTrain", "saved": "ControlNeXtSave"})
         photograph_graph(page, README / "graph.jpg")

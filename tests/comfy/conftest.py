@@ -14,8 +14,8 @@ if "COMFYUI_PATH" not in os.environ:
     raise pytest.UsageError("Set COMFYUI_PATH to a ComfyUI folder, or run scripts/test.py, which gets one.")
 
 BASE = Path(tempfile.mkdtemp(prefix="controlnext-tests-"))
-for folder in ("custom_nodes", "models/controlnext", "models/controlnet", "models/checkpoints", "input", "output",
-               "temp", "user"):
+for folder in ("custom_nodes", "models/controlnext", "models/controlnet", "models/checkpoints", "models/loras", "input",
+               "output", "temp", "user"):
     (BASE / folder).mkdir(parents=True)
 
 sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]  # ComfyUI reads it when comfy.cli_args is imported
@@ -78,3 +78,40 @@ def demonstrate(run, models_folder):
     provide.provide(Path(os.environ["COMFYUI_PATH"]), models_folder)
     drawings, captions = load_held_out(provide.WEIGHTS)
     return lambda count: Demonstration(run, drawings[:count], captions[:count])
+
+
+@pytest.fixture(scope="session")
+def unets():
+    from models import small_unets
+    return small_unets()
+
+
+@pytest.fixture(scope="session")
+def controlnexts(run, goldens, models_folder):
+    """{family: CONTROLNEXT}, loaded by name."""
+    from safetensors.torch import save_file
+    from sampling import FAMILIES
+    loaded = {}
+    for family in FAMILIES:
+        save_file(goldens.state_dict(family), models_folder / "controlnext" / f"{family}.safetensors")
+        loaded[family] = run("ControlNeXtLoader", controlnext_name=f"{family}.safetensors", variant=family)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def apply(run):
+    """apply(model, controlnext, image, ...): Apply ControlNeXt."""
+    def apply_node(model, controlnext, image, strength=1.0, start_percent=0.0, end_percent=1.0, **optional):
+        return run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=strength,
+                   start_percent=start_percent, end_percent=end_percent, **optional)
+    return apply_node
+
+
+@pytest.fixture(scope="session")
+def hang(run):
+    """hang(controlnext, image, positive, negative, ...): the same by ControlNeXt to ControlNet and Apply ControlNet."""
+    def hang_node(controlnext, image, positive, negative, strength=1.0, start_percent=0.0, end_percent=1.0, **optional):
+        control_net = run("ControlNeXtToControlNet", controlnext=controlnext, **optional)
+        return run("ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=control_net,
+                   image=image, strength=strength, start_percent=start_percent, end_percent=end_percent)
+    return hang_node

@@ -68,3 +68,10 @@ def small_unet(base: str, dtype=torch.float32, seed: int = 0, **changes) -> comf
         bias = 0.0 if parameter.ndim > 1 else 0.5
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / fan_in ** 0.5 + bias)
     return patcher
+
+
+def small_unets(dtype=torch.float32) -> dict:
+    """{family: a UNet that has its place and width}."""
+    unets = {base: small_unet(base, dtype) for base in ("sd15", "sdxl", "svd")}
+    unets |= {f"{base}_mid": small_unet(base, dtype, **WIDE) for base in ("sd15", "svd")}
+    return unets | {"svd_padded": unets["svd"]}

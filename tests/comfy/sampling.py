@@ -4,6 +4,9 @@ import comfy.sample
 import comfy.samplers
 import torch
 
+FAMILIES = {"sd15": "sd15", "sd15_mid": "sd15", "sdxl": "sdxl", "svd": "svd", "svd_padded": "svd", "svd_mid": "svd"}
+FRAMES = 3
+
 
 def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = None, **extra) -> list:
     """A CONDITIONING with a seeded random prompt of the model's width."""
@@ -45,3 +48,23 @@ def one_forward(model, positive, latent, sigma: float) -> torch.Tensor:
     finally:
         hook.remove()
     return caught[0]
+
+
+def picture(seed: int = 0, count: int = 1, height: int = 64, width: int = 64) -> torch.Tensor:
+    return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def latent(base: str, batch: int = 1, height: int = 8, width: int = 8) -> torch.Tensor:
+    return torch.zeros(FRAMES if base == "svd" else batch, 4, height, width)
+
+
+def conds(model, base: str):
+    """(positive, negative) with what the model of this base needs."""
+    extra = {"concat_latent_image": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))}
+    extra = extra if base == "svd" else {}
+    return cond(model, 0, **extra), cond(model, 1, **extra)
+
+
+def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of what is expected's standard deviation."""
+    return float((result - expected).abs().max() / expected.std())

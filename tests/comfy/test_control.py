@@ -5,65 +5,13 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from models import WIDE, small_unet
-from safetensors.torch import save_file
-from sampling import cond, sample
-
-FAMILIES = {"sd15": "sd15", "sd15_mid": "sd15", "sdxl": "sdxl", "svd": "svd", "svd_padded": "svd", "svd_mid": "svd"}
-FRAMES = 3
-
-
-def small_unets(dtype=torch.float32) -> dict:
-    """{family: a UNet that has its place and width}."""
-    unets = {base: small_unet(base, dtype) for base in ("sd15", "sdxl", "svd")}
-    unets |= {f"{base}_mid": small_unet(base, dtype, **WIDE) for base in ("sd15", "svd")}
-    return unets | {"svd_padded": unets["svd"]}
-
-
-@pytest.fixture(scope="session")
-def unets():
-    return small_unets()
+from models import small_unets
+from sampling import FAMILIES, conds, latent, picture, relative, sample
 
 
 @pytest.fixture(scope="module")
 def precise():
     return small_unets(torch.float64)
-
-
-@pytest.fixture(scope="session")
-def controlnexts(run, goldens, models_folder):
-    """{family: CONTROLNEXT}, loaded by name."""
-    loaded = {}
-    for family in FAMILIES:
-        save_file(goldens.state_dict(family), models_folder / "controlnext" / f"{family}.safetensors")
-        loaded[family] = run("ControlNeXtLoader", controlnext_name=f"{family}.safetensors", variant=family)
-    return loaded
-
-
-@pytest.fixture(scope="session")
-def apply(run):
-    def apply_node(model, controlnext, image, strength=1.0, start_percent=0.0, end_percent=1.0, **optional):
-        return run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=strength,
-                   start_percent=start_percent, end_percent=end_percent, **optional)
-    return apply_node
-
-
-def picture(seed: int = 0, count: int = 1, height: int = 64, width: int = 64) -> torch.Tensor:
-    return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed))
-
-
-def latent(base: str, batch: int = 1, height: int = 8, width: int = 8) -> torch.Tensor:
-    return torch.zeros(FRAMES if base == "svd" else batch, 4, height, width)
-
-
-def conds(model, base: str):
-    extra = {"concat_latent_image": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))}
-    extra = extra if base == "svd" else {}
-    return cond(model, 0, **extra), cond(model, 1, **extra)
-
-
-def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((result - expected).abs().max() / expected.std())
 
 
 @pytest.fixture

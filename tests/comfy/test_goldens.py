@@ -52,16 +52,21 @@ def forward_inputs(goldens, base, model, case):
     return cond(model, context=context, **extra), inputs["sample"], sigma
 
 
-def controlled(run, goldens, models_folder, model, variant, case, strength=1.0):
-    """The MODEL behind Load ControlNeXt Model and Apply ControlNeXt, with the case's control image."""
+def control(run, goldens, models_folder, variant, case) -> dict:
+    """Load ControlNeXt Model, and the case's control image."""
     save_file(goldens.state_dict(variant), models_folder / "controlnext" / f"{variant}.safetensors")
     # a file of the svd layout is taken for svd unless svd_padded is named
     controlnext = run("ControlNeXtLoader", controlnext_name=f"{variant}.safetensors",
                       variant=variant if variant == "svd_padded" else "auto")
     image = goldens.input(case["inputs"]["image"])
     image = image[0] if image.ndim == 5 else image
-    return run("ControlNeXtApply", model=model, controlnext=controlnext, image=image.movedim(1, -1), strength=strength,
-               start_percent=0.0, end_percent=1.0)
+    return {"controlnext": controlnext, "image": image.movedim(1, -1)}
+
+
+def controlled(run, goldens, models_folder, model, variant, case, strength=1.0):
+    """The MODEL behind Apply ControlNeXt."""
+    return run("ControlNeXtApply", model=model, strength=strength, start_percent=0.0, end_percent=1.0,
+               **control(run, goldens, models_folder, variant, case))
 
 
 @pytest.mark.parametrize("output, strength", [("off", None), ("on", 1.0), ("half", 0.5)])
@@ -76,6 +81,18 @@ def test_unet_equals_reference(run, goldens, models_folder, base, unet, output, 
             difference = goldens.difference("unet.safetensors", case["outputs"][output], result)
             print(f"{case['name']} {output}: {difference:.2e} of the output's std")
             assert difference <= BOUND[base], f"{case['name']} {output}"
+
+
+def test_control_that_hangs_on_the_conditioning_equals_reference(run, hang, goldens, models_folder, base, unet):
+    for variant in BASES[base]:
+        for case in goldens.unet[variant]["cases"]:
+            positive, x, sigma = forward_inputs(goldens, base, unet, case)
+            hung, _ = hang(**control(run, goldens, models_folder, variant, case), positive=positive, negative=[])
+            result = one_forward(unet, hung, x, sigma)
+            result = result[None] if base == "svd" else result
+            difference = goldens.difference("unet.safetensors", case["outputs"]["on"], result)
+            print(f"{case['name']} on, by the conditioning: {difference:.2e} of the output's std")
+            assert difference <= BOUND[base], case["name"]
 
 
 def unet_weights_loaded(run, models_folder, model, tensors):

@@ -1,0 +1,50 @@
+"""What a ControlNeXt is for a connected MODEL: its family, place and gains, or one sentence on why it does not fit."""
+
+import comfy.model_base
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+from ..controlnext_core.families import Family, resolve
+from .model import ControlNeXt
+from .places import Place, places_of
+
+
+def base_of_model(base_model) -> str:
+    """The base (a key of ``BASE_NAMES``) of a MODEL. ValueError: no UNet."""
+    if not isinstance(base_model.diffusion_model, UNetModel):
+        raise ValueError(f"model: ControlNeXt steers SD1.5, SDXL and SVD models; the connected MODEL is a "
+                         f"{type(base_model).__name__}, which is not supported yet.")
+    if isinstance(base_model, comfy.model_base.SVD_img2vid):
+        return "svd"
+    return "sdxl" if isinstance(base_model, comfy.model_base.SDXL) else "sd15"
+
+
+def family_of(base_model, controlnext: ControlNeXt) -> Family:
+    """The file's family for this MODEL. ValueError: no UNet, or a UNet of another base."""
+    return resolve(controlnext.loaded.checkpoint.layout, controlnext.variant, base_of_model(base_model))
+
+
+def settle(base_model, controlnext: ControlNeXt, inject_at: str,
+           apply_to: str) -> tuple[Family, Place, tuple[float, float]]:
+    """(family, place, gains of the positive and the other guidance halves) that ``auto`` or the user chose.
+
+    Raises:
+        ValueError: the MODEL is of another base, or has no such place, or one of another width.
+    """
+    family = family_of(base_model, controlnext)
+    place = _place(base_model, controlnext, family.place if inject_at == "auto" else inject_at)
+    positive, negative = family.gains(controlnext.loaded.checkpoint.scale)
+    return family, place, (positive, {"auto": negative, "both": positive, "positive": 0.0}[apply_to])
+
+
+def _place(base_model, controlnext: ControlNeXt, name: str) -> Place:
+    """The named place of this MODEL. ValueError: it has no such place, or one of another width; says which fit."""
+    places = places_of(base_model.diffusion_model)
+    channels = controlnext.loaded.checkpoint.module.out_channels
+    fitting = [other for other, place in places.items() if place.channels == channels]
+    if name in fitting:
+        return places[name]
+    found = f"is {places[name].channels} channels wide there" if name in places else "has no such place"
+    advice = (f"set inject_at to {' or '.join(fitting)}" if fitting
+              else "none of its places fits, so choose a ControlNeXt file made for this MODEL")
+    raise ValueError(f"inject_at: {controlnext.name} gives {channels} channels and should enter at {name}, but the "
+                     f"connected MODEL {found}; {advice}.")

@@ -1,0 +1,109 @@
+"""A ControlNeXt as one of ComfyUI's ControlNets: the same control, hung on a conditioning instead of the MODEL."""
+
+from dataclasses import replace
+
+import comfy.model_management
+import torch
+from comfy.controlnet import ControlNet
+from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
+from comfy.patcher_extension import WrappersMP
+
+from ..controlnext_core.families import families_of
+from .base import settle
+from .control import RESIZING, Control, control_image
+from .injection import KEY, describe, note_conds, serve
+from .model import ControlNeXt
+
+# ComfyUI registers it for every sampling in which such a control takes part
+NOTING_CONDS = TransformerOptionsHook({"wrappers": {WrappersMP.PREDICT_NOISE: {KEY: [note_conds]}}},
+                                      hook_scope=EnumHookScope.AllConditioning)
+
+
+class ControlNeXtControl(ControlNet):
+    """What a CONTROL_NET link carries.
+
+    Others may replace at any time what a ControlNet has: ``cond_hint_original``, the control image (N, 3, H, W) in
+    [0, 1], and ``strength``; or, for one forward, ``cond_hint``: an image for just the latents that it gets (a tile),
+    or one for each of its rows.
+    """
+
+    def __init__(self, controlnext: ControlNeXt, inject_at: str = "auto", apply_to: str = "auto"):
+        # images are taken as they are, whatever the module's precision
+        super().__init__(load_device=controlnext.patcher.load_device, manual_cast_dtype=torch.float32)
+        self.controlnext = controlnext
+        self.control_model, self.control_model_wrapped = controlnext.patcher.model, controlnext.patcher
+        self.inject_at, self.apply_to = inject_at, apply_to
+        self.upscale_algorithm = RESIZING
+        self.extra_hooks = HookGroup()
+        self.extra_hooks.add(NOTING_CONDS)
+        self._base_model = self._settled = None
+        self._asked = self._control = None
+
+    def pre_run(self, model, percent_to_timestep_function):
+        super().pre_run(model, percent_to_timestep_function)
+        self._base_model = model
+        self._settled = settle(model, self.controlnext, self.inject_at, self.apply_to)
+        self.controlnext.loaded.end_run()  # of a run that was interrupted
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        previous = None
+        if self.previous_controlnet is not None:
+            previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
+        forward = describe(self._base_model, x_noisy, t, transformer_options)
+        pixels = tuple(side * self.compression_ratio for side in forward.size)
+        if self.cond_hint is not None and tuple(self.cond_hint.shape[-2:]) == pixels:
+            halves = tuple(replace(half, area=None) for half in forward.halves)
+            forward = replace(forward, latent=forward.size, halves=halves)
+            control = self._control_of(self.cond_hint, row_by_row=len(self.cond_hint) == len(x_noisy))
+        else:
+            control = self._control_of(self.cond_hint_original, row_by_row=False)
+        serve(transformer_options, self._depth(), control, forward)
+        if "num_video_frames" in cond:  # see run_controls
+            cond["num_video_frames"] = len(forward.frames)
+        return previous
+
+    def inference_memory_requirements(self, dtype):
+        # the image is most often as large as the picture, whose size is not known yet
+        pixels = self.cond_hint_original.shape[-2] * self.cond_hint_original.shape[-1]
+        stem_pool = families_of(self.controlnext.loaded.checkpoint.layout)[0].stem_pool
+        return (super().inference_memory_requirements(dtype)
+                + self.control_model.peak(pixels, stem_pool) * comfy.model_management.dtype_size(dtype))
+
+    def cleanup(self):
+        super().cleanup()
+        self._base_model = self._settled = self._asked = self._control = None
+        self.controlnext.loaded.end_run()
+
+    def copy(self):
+        copy = ControlNeXtControl(self.controlnext, self.inject_at, self.apply_to)
+        self.copy_to(copy)
+        return copy
+
+    def deepclone_multigpu(self, load_device, autoregister=False):
+        loaded = self.controlnext.loaded.on_device(load_device)
+        copy = ControlNeXtControl(replace(self.controlnext, loaded=loaded), self.inject_at, self.apply_to)
+        self.copy_to(copy)
+        if autoregister:
+            self.multigpu_clones[load_device] = copy
+        return copy
+
+    def get_extra_hooks(self):
+        # ComfyUI gives up dynamic loading for hooks; the one that only notes needs that as little as a patch does
+        return [hooks for hooks in super().get_extra_hooks() if hooks.hooks != [NOTING_CONDS]]
+
+    def _depth(self) -> int:
+        """Number of ControlNets before this one."""
+        control, depth = self.previous_controlnet, 0
+        while control is not None:
+            control, depth = control.previous_controlnet, depth + 1
+        return depth
+
+    def _control_of(self, hint: torch.Tensor, row_by_row: bool) -> Control:
+        asked = (hint, row_by_row, self.strength)
+        if self._control is None or any(old is not new for old, new in zip(self._asked, asked, strict=True)):
+            family, place, gains = self._settled
+            self._asked, self._control = asked, Control(
+                self.controlnext, family, place, control_image(hint.movedim(1, -1)), None,
+                tuple(self.strength * gain for gain in gains), tuple(float(sigma) for sigma in self.timestep_range),
+                self.compression_ratio, family.window_reference, fits_areas=True, row_by_row=row_by_row)
+        return self._control
