@@ -258,7 +258,7 @@ def test_threads_that_share_a_control_get_what_each_gets_alone(pack, apply, unet
             return control(call)[0]
     expected = [features(call) for call in calls]
     controlnexts["sd15"].loaded.features.clear()
-    control.end_run()
+    control.loaded.end_run()
     with ThreadPoolExecutor(4) as threads:
         results = list(threads.map(features, calls * 2))
     assert all(torch.equal(one, other) for one, other in zip(results, expected * 2, strict=True))
