@@ -7,7 +7,8 @@ whatever calls ``cross_normalization.add_controls``), ``prediction_loss``, ``Tra
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -32,9 +33,14 @@ LOSS_WEIGHTS = {
     "v": lambda sigma: sigma ** -2 + 1,
     "flow": lambda sigma: sigma ** -2,
 }
+SIGNAL_TO_NOISE = {
+    "epsilon": lambda sigma: sigma ** -2,
+    "v": lambda sigma: sigma ** -2,
+    "flow": lambda sigma: (sigma ** -1 - 1) ** 2,
+}
 MAX_GRADIENT_NORM = 1.0
-# what our files say of themselves: a family's name, and difference or replace
-FAMILY_KEY, MODE_KEY = "controlnext.family", "controlnext.unet"
+# what our files say of themselves: a family's name, the place where control enters, and difference or replace
+FAMILY_KEY, PLACE_KEY, MODE_KEY = "controlnext.family", "controlnext.place", "controlnext.unet"
 SCALED_LAYOUTS = ("mid", "video_mid")  # whose files hold the number ``scale``
 
 
@@ -99,19 +105,26 @@ def select_weights(names: Mapping[str, str], pattern: str) -> dict[str, str]:
     return {name: key for name, key in names.items() if re.search(pattern, name)}
 
 
-def prediction_loss(denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor, prediction: str) -> torch.Tensor:
+def prediction_loss(denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor, prediction: str,
+                    min_snr_gamma: float = 0.0) -> torch.Tensor:
     """Mean squared error (N,) of what the model predicts, told from its estimate of the clean latents.
 
     Equal to ``mse(epsilon, noise)``, ``mse(v, alpha * noise - sigma * x0)`` or ``mse(velocity, noise - x0)`` of the
-    reference, sample by sample.
+    reference, sample by sample. With min-SNR weighting (arXiv 2303.09556) an error of the clean latents counts
+    min(signal-to-noise ratio, gamma) instead, whatever the model predicts.
 
     Args:
         denoised: the model's estimate of ``clean``, (N, ...).
         clean: the latents before noise, (N, ...).
         sigma: (N,) noise level: of x0 + sigma * noise, for flow of (1 - sigma) * x0 + sigma * noise. Above 0.
         prediction: epsilon, v or flow.
+        min_snr_gamma: above 0, or 0 for the reference's loss.
     """
-    return LOSS_WEIGHTS[prediction](sigma) * (denoised.float() - clean.float()).square().flatten(1).mean(1)
+    if min_snr_gamma:
+        weight = SIGNAL_TO_NOISE[prediction](sigma).clamp(max=min_snr_gamma)
+    else:
+        weight = LOSS_WEIGHTS[prediction](sigma)
+    return weight * (denoised.float() - clean.float()).square().flatten(1).mean(1)
 
 
 def draw_rows(buckets: Sequence[Sequence[int]], batch_size: int, generator: torch.Generator) -> list[int]:
@@ -132,7 +145,7 @@ def with_scale(module: Mapping[str, torch.Tensor], scale: float) -> dict[str, to
 
 
 def reference_files(module: Mapping[str, torch.Tensor], family: Family | None, scale: float,
-                    differences: Mapping[str, torch.Tensor]) -> dict[str, tuple[dict, dict]]:
+                    differences: Mapping[str, torch.Tensor], place: str | None = None) -> dict[str, tuple[dict, dict]]:
     """{file name: (tensors, metadata)} as the reference implementation names and reads them.
 
     Args:
@@ -140,9 +153,12 @@ def reference_files(module: Mapping[str, torch.Tensor], family: Family | None, s
         family: None when it is not known; the files then do not tell it.
         scale: the learned scale, in the files of the families that have one.
         differences: {diffusers name: tensor}; without any there is one file.
+        place: where control enters the denoiser; None when it is not known.
     """
     tensors = with_scale(module, scale) if layout_of(list(module)) in SCALED_LAYOUTS else dict(module)
     metadata = {FAMILY_KEY: family.name} if family else {}
+    if place:
+        metadata[PLACE_KEY] = place
     files = {"controlnet.safetensors": (tensors, metadata)}
     if differences:
         files["unet.safetensors"] = (dict(differences), {**metadata, MODE_KEY: "difference"})
@@ -158,6 +174,8 @@ class Training:
         learning_rate, unet_learning_rate: of AdamW. The weights decay to zero, the differences so to the base weights.
         ema: decay of a moving average of everything that is trained, 0 for none.
         seed: of ``generator``, from which all random numbers of a training are to be drawn.
+        warmup_steps: first steps, in which the learning rates rise to what they are.
+        accumulation: losses whose mean a step goes down.
 
     Attributes:
         differences: {name: float32 parameter}.
@@ -166,7 +184,8 @@ class Training:
     """
 
     def __init__(self, module: ControlNeXtModule, differences: Mapping[str, torch.Tensor] | None = None,
-                 learning_rate: float = 1e-4, unet_learning_rate: float = 1e-5, ema: float = 0.0, seed: int = 0):
+                 learning_rate: float = 1e-4, unet_learning_rate: float = 1e-5, ema: float = 0.0, seed: int = 0,
+                 warmup_steps: int = 0, accumulation: int = 1):
         self.module = module.requires_grad_(True)
         self.differences = {name: nn.Parameter(value.detach().float().clone())
                             for name, value in (differences or {}).items()}
@@ -174,6 +193,8 @@ class Training:
         if self.differences:
             groups.append({"params": list(self.differences.values()), "lr": unet_learning_rate})
         self.optimizer = torch.optim.AdamW(groups)
+        self.rates = [group["lr"] for group in groups]
+        self.warmup_steps, self.accumulation = warmup_steps, accumulation
         self.ema = ema
         self.average = [parameter.detach().clone() for parameter in self.parameters()] if ema else None
         self.generator = torch.Generator().manual_seed(seed)
@@ -184,18 +205,33 @@ class Training:
         """All that is trained, in the optimizer's order."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def update(self, loss: torch.Tensor) -> float:
-        """One step of the optimizer down a scalar loss; returns it as a number.
+    def update(self, loss_of_batch: Callable[[], torch.Tensor]) -> float:
+        """One step of the optimizer; returns the mean loss. Whatever ends it early, nothing was changed.
+
+        Args:
+            loss_of_batch: gives a scalar loss, of another batch at every call.
 
         Raises:
-            ValueError: the loss is not a finite number; nothing was changed.
+            ValueError: a loss is not a finite number.
         """
-        value = loss.item()
-        if not math.isfinite(value):
-            raise ValueError(f"learning_rate: the loss is {value} after {self.step} steps; train with lower learning "
-                             f"rates or in float32.")
-        loss.backward()
+        before, values = self.generator.get_state(), []
+        try:
+            for _ in range(self.accumulation):
+                loss = loss_of_batch()
+                values.append(loss.item())
+                if not math.isfinite(values[-1]):
+                    raise ValueError(f"learning_rate: the loss is {values[-1]} after {self.step} steps; train with "
+                                     f"lower learning rates or in float32.")
+                (loss / self.accumulation).backward()
+        except BaseException:
+            self.optimizer.zero_grad()
+            self.generator.set_state(before)
+            raise
+        value = fmean(values)
         nn.utils.clip_grad_norm_(self.parameters(), MAX_GRADIENT_NORM)
+        warmth = min(1.0, (self.step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * warmth
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
@@ -233,7 +269,6 @@ class Training:
                              f"{len(self.differences)}")
         if (self.average is None) != (state["average"] is None):
             raise ValueError("only one of them keeps a moving average")
-        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.module.load_state_dict(state["module"])
         with torch.no_grad():
             for name, value in self.differences.items():
@@ -241,7 +276,5 @@ class Training:
             for value, saved in zip(self.average or [], state["average"] or [], strict=True):
                 value.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
         self.generator.set_state(state["generator"])
         self.step, self.losses = state["step"], list(state["losses"])

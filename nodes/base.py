@@ -31,7 +31,8 @@ def settle(base_model, controlnext: ControlNeXt, inject_at: str,
         ValueError: the MODEL is of another base, or has no such place, or one of another width.
     """
     family = family_of(base_model, controlnext)
-    place = _place(base_model, controlnext, family.place if inject_at == "auto" else inject_at)
+    trained_at = controlnext.place or family.place
+    place = _place(base_model, controlnext, trained_at if inject_at == "auto" else inject_at)
     positive, negative = family.gains(controlnext.loaded.checkpoint.scale)
     return family, place, (positive, {"auto": negative, "both": positive, "positive": 0.0}[apply_to])
 

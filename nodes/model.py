@@ -14,7 +14,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io
 
 from ..controlnext_core import checkpoint
-from ..controlnext_core.training import FAMILY_KEY, with_scale
+from ..controlnext_core.training import FAMILY_KEY, PLACE_KEY, with_scale
 from .feature_cache import FeatureCache, limit_from_environment
 from .files import find_file, read_metadata, read_state_dict
 
@@ -75,13 +75,15 @@ def _give_back(caches: tuple[FeatureCache, ...], patcher, unpatch_all: bool) -> 
 class ControlNeXt:
     """What travels on a CONTROLNEXT link: the shared module and the variant that the user chose for it.
 
-    From a training also ``unet_differences``, {diffusers name: tensor} of the UNet weights that were trained with it.
+    From a training also ``unet_differences``, {diffusers name: tensor} of the UNet weights that were trained with it,
+    and ``place``, where it was trained to enter; from a file whatever its metadata says of that, None for nothing.
     """
 
     loaded: LoadedModule
     variant: str
     name: str
     unet_differences: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    place: str | None = None
 
     @property
     def patcher(self):
@@ -108,15 +110,17 @@ def load_controlnext(name: str, variant: str) -> ControlNeXt:
     if loaded is None:
         loaded = _loaded[key] = load_module(path, name)
     loaded.checkpoint.check_variant(variant)
+    metadata = read_metadata(path)
     if variant == "auto":
-        variant = loaded.checkpoint.known_family(read_metadata(path).get(FAMILY_KEY))
-    return ControlNeXt(loaded, variant, name)
+        variant = loaded.checkpoint.known_family(metadata.get(FAMILY_KEY))
+    return ControlNeXt(loaded, variant, name, place=metadata.get(PLACE_KEY))
 
 
-def trained_controlnext(state_dict: Mapping, family: str, name: str, unet_differences: Mapping) -> ControlNeXt:
+def trained_controlnext(state_dict: Mapping, family: str, name: str, unet_differences: Mapping,
+                        place: str | None = None) -> ControlNeXt:
     """A CONTROLNEXT of weights that come from no file."""
     loaded = LoadedModule(dict(state_dict), name, (trained_patcher, (state_dict, name)))
-    return ControlNeXt(loaded, family, name, unet_differences)
+    return ControlNeXt(loaded, family, name, unet_differences, place)
 
 
 def trained_patcher(state_dict: Mapping, name: str, disable_dynamic: bool = False):

@@ -20,7 +20,7 @@ from ..controlnext_core.unet_keys import diffusers_to_ldm
 from ..controlnext_core.unet_weights import read
 from .base import base_of_model, family_of
 from .model import ControlNeXt, ControlNeXtType, trained_controlnext
-from .places import places_of
+from .places import PLACES, places_of
 from .preview import send_text, show_text
 from .training_data import Samples
 from .training_run import Run, TrainingControl, trainable_clone
@@ -97,6 +97,18 @@ class ControlNeXtTrain(io.ComfyNode):
                 io.String.Input("unet_pattern", default="", optional=True, advanced=True,
                                 tooltip="Which UNet weights to train: a regular expression found in their diffusers "
                                         "names. Empty is the reference's: to_out, on SDXL attn2.*to_out."),
+                io.Float.Input("min_snr_gamma", default=0.0, min=0.0, max=1000.0, step=0.1, round=False, optional=True,
+                               advanced=True,
+                               tooltip="Min-SNR weighting: samples of little noise count no more than this. 5 is "
+                                       "usual, less is for coarse structure. 0 is off, the reference's loss."),
+                io.Int.Input("warmup_steps", default=0, min=0, max=1000000, optional=True, advanced=True,
+                             tooltip="First steps, in which the learning rates rise to what they are set to."),
+                io.Int.Input("grad_accumulation_steps", default=1, min=1, max=1024, optional=True, advanced=True,
+                             tooltip="Batches in a step: learns as from a batch so many times as large, in the memory "
+                                     "of one and so many times the time."),
+                io.Combo.Input("inject_at", options=["auto", *PLACES], default="auto", optional=True, advanced=True,
+                               tooltip="Where control enters the UNet. auto is where the connected CONTROLNEXT or the "
+                                       "kept training does, and the reference's place for a new one."),
             ],
             outputs=[
                 ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt and Save ControlNeXt "
@@ -112,8 +124,9 @@ class ControlNeXtTrain(io.ComfyNode):
     @classmethod
     def execute(cls, model, latents, conditioning, images, controlnext=None, empty_conditioning=None,
                 **settings) -> io.NodeOutput:
-        settings = SimpleNamespace(**{"resume_from": NONE, "caption_dropout": 0.0, "ema": 0.0, "unet_pattern": "",
-                                      **{name: value[0] for name, value in settings.items()}})
+        optional = {"resume_from": NONE, "caption_dropout": 0.0, "ema": 0.0, "unet_pattern": "", "min_snr_gamma": 0.0,
+                    "warmup_steps": 0, "grad_accumulation_steps": 1, "inject_at": "auto"}
+        settings = SimpleNamespace(**optional | {name: value[0] for name, value in settings.items()})
         if settings.caption_dropout and not empty_conditioning:
             raise ValueError("caption_dropout: there is no empty caption to put in place of others; connect an encoded "
                              "empty prompt to empty_conditioning or set caption_dropout to 0.")
@@ -128,12 +141,12 @@ class ControlNeXtTrain(io.ComfyNode):
         if settings.resume_from != NONE:
             state = torch.load(os.path.join(_folder(), settings.resume_from), "cpu", weights_only=True)
             controlnext = trained_controlnext(with_scale(state["module"], state["scale"]), state["family"],
-                                              settings.resume_from, state["differences"])
-        control = _start(model, controlnext, settings.seed)
+                                              settings.resume_from, state["differences"], state.get("place"))
+        control = _start(model, controlnext, settings.seed, settings.inject_at)
         names = diffusers_to_ldm(model.model.diffusion_model.state_dict())
         differences = _differences(model, names, controlnext, settings)
         training = Training(control.module, differences, settings.learning_rate, settings.unet_learning_rate,
-                            settings.ema, settings.seed)
+                            settings.ema, settings.seed, settings.warmup_steps, settings.grad_accumulation_steps)
         if state is not None:
             try:
                 training.load_state_dict(state)
@@ -142,11 +155,12 @@ class ControlNeXtTrain(io.ComfyNode):
                                  "trainable, unet_pattern and ema as they were.") from None
         clone = trainable_clone(model, {names[name]: value for name, value in training.differences.items()},
                                 DTYPES[settings.training_dtype], settings.gradient_checkpointing)
-        run = Run(clone, control, training, samples, settings.batch_size, settings.caption_dropout)
+        run = Run(clone, control, training, samples, settings.batch_size, settings.caption_dropout,
+                  settings.min_snr_gamma)
         cls._loop(clone, run, settings)
         weights, differences = (_to_cpu(tensors) for tensors in training.weights())
         trained = trained_controlnext(with_scale(weights, control.scale), control.family.name,
-                                      settings.filename_prefix, differences)
+                                      settings.filename_prefix, differences, control.place_name)
         if differences:
             shapes = {key: value.shape for key, value in model.model.diffusion_model.state_dict().items()}
             model = add_unet_weights(model, read(differences, settings.filename_prefix, shapes), "difference", 1.0)
@@ -160,8 +174,8 @@ class ControlNeXtTrain(io.ComfyNode):
 
         def keep() -> str:
             path = os.path.join(folder, f"{name}_{counter:05}_step_{training.step}.pt")
-            torch.save({**training.state_dict(), "family": run.control.family.name, "scale": run.control.scale},
-                       path + ".part")
+            torch.save({**training.state_dict(), "family": run.control.family.name, "scale": run.control.scale,
+                        "place": run.control.place_name}, path + ".part")
             os.replace(path + ".part", path)
             return os.path.relpath(path, _folder())
 
@@ -173,7 +187,6 @@ class ControlNeXtTrain(io.ComfyNode):
             with tqdm(total=steps, initial=first, desc="Train ControlNeXt",
                       disable=not comfy.utils.PROGRESS_BAR_ENABLED) as bar:
                 while training.step < steps:
-                    comfy.model_management.throw_exception_if_processing_interrupted()
                     loss = run.step()
                     bar.set_postfix({"loss": f"{loss:.4f}"})
                     bar.update()
@@ -207,7 +220,7 @@ def _states() -> list[str]:
                   for folder, _, files in os.walk(_folder()) for file in files if file.endswith(".pt"))
 
 
-def _start(model, controlnext: ControlNeXt | None, seed: int) -> TrainingControl:
+def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "auto") -> TrainingControl:
     """The control to train: a new one for this MODEL, or a copy of the one to go on from.
 
     Raises:
@@ -218,10 +231,13 @@ def _start(model, controlnext: ControlNeXt | None, seed: int) -> TrainingControl
         raise ValueError(f"model: training is for SD1.5 and SDXL, but the connected MODEL is {BASE_NAMES[base]}; "
                          "connect one of these.")
     family = family_of(model.model, controlnext) if controlnext else resolve("light", "auto", base)
-    place = places_of(model.model.diffusion_model).get(family.place)
-    if place is None:
-        raise ValueError(f"model: ControlNeXt of {family.name} enters at {family.place}, a place that the UNet "
-                         "of the connected MODEL lacks; connect a whole one.")
+    places = places_of(model.model.diffusion_model)
+    if inject_at == "auto":
+        inject_at = controlnext and controlnext.place or family.place
+    if inject_at not in places:
+        raise ValueError(f"inject_at: control of {family.name} should enter at {inject_at}, a place that the UNet of "
+                         f"the connected MODEL lacks; set inject_at to {' or '.join(places)}.")
+    place = places[inject_at]
     if controlnext is None:
         state_dict = new_module(family, seed, out=place.channels).state_dict()
         scale = 1.0
@@ -231,11 +247,11 @@ def _start(model, controlnext: ControlNeXt | None, seed: int) -> TrainingControl
         scale = found.scale
         if found.module.out_channels != place.channels:
             raise ValueError(f"controlnext: {controlnext.name} gives {found.module.out_channels} channels where the "
-                             f"connected MODEL takes {place.channels}; connect the MODEL that it is for, or train a "
-                             "new one.")
+                             f"connected MODEL takes {place.channels} at {inject_at}; connect the MODEL that it is "
+                             "for, or train a new one.")
     module = checkpoint.read(state_dict, "controlnext", operations=comfy.ops.manual_cast).module
     module.load_state_dict(state_dict)
-    return TrainingControl(module.to(model.load_device), family, place, scale)
+    return TrainingControl(module.to(model.load_device), family, place, inject_at, scale)
 
 
 def _differences(model, names: dict[str, str], controlnext: ControlNeXt | None, settings) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """A MODEL under training: the control with gradients, the denoiser that carries it, one step, a preview."""
 
 import comfy.k_diffusion.sampling
+import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
 import latent_preview
@@ -27,13 +28,14 @@ class TrainingControl:
     """Serves the injection as a Control does, from a batch of images and with gradients; runs the module once a batch.
 
     Attributes:
+        place_name: of ``place``, in ``PLACES``.
         images: (B, 3, H, W), set before each forward.
     """
 
     patcher = None
 
-    def __init__(self, module, family: Family, place: Place, scale: float):
-        self.module, self.family, self.place = module, family, place
+    def __init__(self, module, family: Family, place: Place, place_name: str, scale: float):
+        self.module, self.family, self.place, self.place_name = module, family, place, place_name
         self.scale, self.gain = scale, family.gains(scale)[0]
         self.images: torch.Tensor | None = None
 
@@ -79,16 +81,17 @@ class Run:
         clone: from ``trainable_clone``, loaded.
         control: its module is that of ``training``.
         caption_dropout: share of captions that are replaced by the empty one.
+        min_snr_gamma: of ``prediction_loss``.
 
     Raises:
         ValueError: the MODEL predicts something unknown.
     """
 
     def __init__(self, clone, control: TrainingControl, training: Training, samples: Samples, batch_size: int,
-                 caption_dropout: float):
+                 caption_dropout: float, min_snr_gamma: float = 0.0):
         self.base_model, self.device = clone.model, clone.load_device
         self.control, self.training, self.samples = control, training, samples
-        self.batch_size, self.caption_dropout = batch_size, caption_dropout
+        self.batch_size, self.caption_dropout, self.min_snr_gamma = batch_size, caption_dropout, min_snr_gamma
         self.buckets = samples.buckets()
         self.sampling = clone.get_model_object("model_sampling")
         self.prediction = next((name for kind, name in PREDICTIONS if isinstance(self.sampling, kind)), None)
@@ -102,20 +105,19 @@ class Run:
 
     def step(self) -> float:
         """One update; its loss. Interrupted, it leaves the training as it was before."""
+        return self.training.update(self._loss_of_batch)
+
+    def _loss_of_batch(self) -> torch.Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
         generator = self.training.generator
-        before = generator.get_state()
-        try:
-            rows = draw_rows(self.buckets, self.batch_size, generator)
-            latents = self.base_model.process_latent_in(self.samples.batch_latents(rows).to(self.device))
-            drawn = torch.randint(len(self.sampling.sigmas), (len(rows),), generator=generator)
-            sigma = self.sampling.sigmas.cpu()[drawn].to(self.device)
-            noise = torch.randn(latents.shape, generator=generator).to(self.device)
-            dropped = drop_captions(len(rows), self.caption_dropout, generator)
-            denoised = self._denoise(self.sampling.noise_scaling(sigma, noise, latents), sigma, rows, dropped)
-            return self.training.update(prediction_loss(denoised, latents, sigma, self.prediction).mean())
-        except BaseException:
-            generator.set_state(before)
-            raise
+        rows = draw_rows(self.buckets, self.batch_size, generator)
+        latents = self.base_model.process_latent_in(self.samples.batch_latents(rows).to(self.device))
+        drawn = torch.randint(len(self.sampling.sigmas), (len(rows),), generator=generator)
+        sigma = self.sampling.sigmas.cpu()[drawn].to(self.device)
+        noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        dropped = drop_captions(len(rows), self.caption_dropout, generator)
+        denoised = self._denoise(self.sampling.noise_scaling(sigma, noise, latents), sigma, rows, dropped)
+        return prediction_loss(denoised, latents, sigma, self.prediction, self.min_snr_gamma).mean()
 
     def preview(self) -> tuple | None:
         """A picture sampled under the first sample's caption and control, as ComfyUI's progress bar takes it."""

@@ -24,6 +24,8 @@ SETTINGS = dict(steps=6, batch_size=2, learning_rate=1e-3, unet_learning_rate=1e
                 trainable="module and UNet weights", gradient_checkpointing=False, save_every=0, preview_every=0,
                 filename_prefix="test")
 
+ONE_LEVEL = dict(num_res_blocks=[1], channel_mult=[1], transformer_depth=[1], transformer_depth_output=[0, 0])
+
 
 def narrow_unet(base: str = "sd15", **changes):
     return small_unet(base, model_channels=64, **changes)
@@ -143,16 +145,17 @@ def test_rows_of_a_batch_belong_together_also_after_resolution_bucket(pack, run,
 
 
 def test_an_interrupted_training_is_kept_and_resumed_as_if_it_had_never_stopped(train, unet, caplog):
-    extra = dict(ema=0.9, caption_dropout=0.5, empty_conditioning=cond(unet, 9), gradient_checkpointing=True)
+    extra = dict(ema=0.9, caption_dropout=0.5, empty_conditioning=cond(unet, 9), gradient_checkpointing=True,
+                 min_snr_gamma=1.0, warmup_steps=5, grad_accumulation_steps=2)
     whole = train(unet, **extra)
     calls = []
 
     def interrupt_in_the_fourth_step(module, args, output):
         calls.append(None)
-        if len(calls) == 4:
+        if len(calls) == 8:
             comfy.model_management.interrupt_current_processing()
             comfy.model_management.throw_exception_if_processing_interrupted()
-    hook = unet.model.diffusion_model.register_forward_hook(interrupt_in_the_fourth_step)
+    hook = unet.model.diffusion_model.register_forward_hook(interrupt_in_the_fourth_step)  # amid an accumulation
     before = kept_states()
     caplog.set_level("INFO")
     with pytest.raises(comfy.model_management.InterruptProcessingException):
@@ -166,6 +169,42 @@ def test_an_interrupted_training_is_kept_and_resumed_as_if_it_had_never_stopped(
     assert_equal(weights(resumed[0]), weights(whole[0]))
     with pytest.raises(ValueError, match="resume_from: .* only one of them keeps a moving average"):
         train(unet, **(extra | {"ema": 0.0}), resume_from=kept)
+
+
+def test_a_training_that_an_older_version_kept_goes_on(train, unet):
+    whole, before = train(unet, steps=2, save_every=1), kept_states()
+    train(unet, steps=1, save_every=1)
+    (kept,) = set(kept_states()) - set(before)
+    file = OUTPUT / "controlnext_training" / kept
+    state = torch.load(file, weights_only=True)
+    del state["place"]
+    torch.save(state, file)
+    assert_equal(weights(train(unet, steps=2, resume_from=kept)[0]), weights(whole[0]))
+
+
+def test_a_control_enters_where_it_was_trained_to(comfy_nodes, run, train, models_folder, unet):
+    one_level = narrow_unet(**ONE_LEVEL)
+    before = kept_states()
+    trained = train(one_level, steps=2, inject_at="conv_in", save_every=1)[0]
+    kept = min(set(kept_states()) - set(before))
+    assert_equal(weights(train(one_level, steps=2, resume_from=kept)[0]), weights(trained))
+    further = train(one_level, steps=1, controlnext=trained)[0]
+    comfy_nodes["ControlNeXtSave"].execute(further, "controlnext/placed")
+    file = models_folder / "controlnext" / "placed.safetensors"
+    (OUTPUT / "controlnext" / "placed_00001_" / "controlnet.safetensors").rename(file)
+    loaded = run("ControlNeXtLoader", controlnext_name=file.name, variant="auto")
+    image, latent = torch.rand(1, 64, 64, 3), torch.zeros(1, 4, 8, 8)
+    by_itself, there, elsewhere = (
+        sample(run("ControlNeXtApply", model=unet, controlnext=loaded, image=image, strength=1.0, start_percent=0.0,
+                   end_percent=1.0, inject_at=place), cond(unet), cond(unet, 1), latent)
+        for place in ("auto", "conv_in", "down_0"))
+    assert torch.equal(by_itself, there)
+    assert not torch.equal(by_itself, elsewhere)
+
+
+@pytest.mark.parametrize("place", ["down_0", "before_middle", "middle"])
+def test_control_can_be_trained_for_any_place(train, unet, place):
+    assert all(value.any() for value in weights(train(unet, steps=2, inject_at=place, trainable="module")[0]).values())
 
 
 def test_checkpointing_saving_and_previews_change_nothing(train, unet, monkeypatch):
@@ -193,7 +232,8 @@ def test_saved_files_are_the_reference_s_and_sample_the_same_loaded(comfy_nodes,
     assert differences and all("to_out" in name for name in differences)
     assert differences.keys() <= goldens.unet_shapes["sd15"].keys()
     with safe_open(saved / "unet.safetensors", "pt") as file:
-        assert file.metadata() == {"controlnext.family": "sd15", "controlnext.unet": "difference"}
+        assert file.metadata() == {"controlnext.family": "sd15", "controlnext.place": "down_0",
+                                   "controlnext.unet": "difference"}
     for file in saved.iterdir():
         file.rename(models_folder / "controlnext" / f"trained_{file.name}")
     loaded = run("ControlNeXtLoader", controlnext_name="trained_controlnet.safetensors", variant="auto")
@@ -274,8 +314,9 @@ def test_a_controlnext_for_another_model_is_refused(train, unet):
         train(narrow_unet("sdxl"), controlnext=controlnext)
     with pytest.raises(ValueError, match="controlnext: test gives 64 channels where the connected MODEL takes 32"):
         train(small_unet("sd15", model_channels=32), controlnext=controlnext)
-    with pytest.raises(ValueError, match="enters at .*, a place that the UNet of the connected MODEL lacks"):
-        train(narrow_unet(num_res_blocks=[1], channel_mult=[1], transformer_depth=[1], transformer_depth_output=[0, 0]))
+    with pytest.raises(ValueError, match="inject_at: .* should enter at down_0, a place that .* lacks; set inject_at "
+                                         "to conv_in or before_middle or middle"):
+        train(narrow_unet(**ONE_LEVEL))
     with pytest.raises(ValueError, match="model: training is for SD1.5 and SDXL, but the connected MODEL is SVD"):
         train(narrow_unet("svd"))
     with_unet = train(unet, steps=1)[0]

@@ -37,6 +37,10 @@ class Denoiser(nn.Module):
 
 def one_step(training: Training, zero_convolution: bool = False) -> float:
     """A training step of fixed data, all its random numbers from the training's own generator."""
+    return training.update(lambda: loss_of_batch(training, zero_convolution))
+
+
+def loss_of_batch(training: Training, zero_convolution: bool = False) -> torch.Tensor:
     denoiser, family = Denoiser(), FAMILIES["sdxl"]
     data = torch.Generator().manual_seed(2)
     images, latents = torch.rand(6, 3, 32, 32, generator=data), torch.randn(6, 4, 4, 4, generator=data)
@@ -46,13 +50,12 @@ def one_step(training: Training, zero_convolution: bool = False) -> float:
     features = control_features(training.module, family, images[rows], sigma, (4, 4), zero_convolution)
     x = latents[rows] + sigma[:, None, None, None] * noise
     out = denoiser(x, training.differences["after"], lambda h: add_features(h, features, 1.0, zero_convolution))
-    loss = prediction_loss(x - sigma[:, None, None, None] * out, latents[rows], sigma, "epsilon").mean()
-    return training.update(loss)
+    return prediction_loss(x - sigma[:, None, None, None] * out, latents[rows], sigma, "epsilon").mean()
 
 
-def small_training(ema: float = 0.0, zero_convolution: bool = False) -> Training:
+def small_training(ema: float = 0.0, zero_convolution: bool = False, **settings) -> Training:
     module = new_module(FAMILIES["sdxl"], 3, zero_convolution, **SMALL)
-    return Training(module, {"after": torch.zeros(4, 12, 3, 3)}, 1e-3, 1e-3, ema, seed=4)
+    return Training(module, {"after": torch.zeros(4, 12, 3, 3)}, 1e-3, 1e-3, ema, seed=4, **settings)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -120,6 +123,15 @@ def test_losses_are_the_mean_squared_errors_of_what_each_kind_of_model_predicts(
                           (out - (noise - wide * clean) / root).square().mean((1, 2, 3)), rtol=1e-3)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+def test_with_min_snr_an_error_of_the_picture_counts_as_its_signal_to_noise_ratio_up_to_gamma(prediction):
+    clean, error = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(6))
+    sigma = torch.tensor([0.1, 0.4, 0.8, 1.0])
+    ratio = (1 - sigma) ** 2 / sigma ** 2 if prediction == "flow" else 1 / sigma ** 2
+    loss = prediction_loss(clean + error, clean, sigma, prediction, min_snr_gamma=5.0)
+    assert torch.allclose(loss, ratio.clamp(max=5.0) * error.square().mean((1, 2, 3)))
+
+
 def test_a_batch_is_of_one_bucket_without_repeats_and_buckets_come_by_their_share():
     generator = torch.Generator().manual_seed(8)
     buckets = [[0, 1, 2, 3, 4, 5], [6, 7]]
@@ -142,21 +154,62 @@ def test_weights_are_chosen_by_their_diffusers_names():
     assert list(select_weights(names, "to_out").values()) == ["a", "b"]
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path, ema):
-    whole, first = small_training(ema), small_training(ema)
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.9}, {"warmup_steps": 5, "accumulation": 2}])
+def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path, settings):
+    whole, first = small_training(**settings), small_training(**settings)
     for _ in range(6):
         one_step(whole)
     for _ in range(3):
         one_step(first)
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = small_training(ema)
+    second = small_training(**settings)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for _ in range(3):
         one_step(second)
     assert second.losses == whole.losses and second.step == 6
     for ours, expected in zip(second.weights(), whole.weights(), strict=True):
         assert ours.keys() == expected.keys() and all(torch.equal(ours[key], expected[key]) for key in ours)
+
+
+def test_learning_rates_rise_in_the_warm_up():
+    cold, warm = small_training(warmup_steps=4), small_training()
+    one_step(cold), one_step(warm)
+    assert torch.allclose(cold.differences["after"], warm.differences["after"] / 4, atol=1e-6)
+    rates = []
+    for _ in range(5):
+        one_step(cold)
+        rates.append(cold.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_accumulated_batches_are_one_step_down_their_mean_loss():
+    accumulated, whole = small_training(accumulation=2), small_training()
+    loss = one_step(accumulated)
+
+    def both() -> torch.Tensor:
+        return (loss_of_batch(whole) + loss_of_batch(whole)) / 2
+
+    assert loss == pytest.approx(whole.update(both))
+    assert accumulated.step == len(accumulated.losses) == 1
+    for ours, expected in zip(accumulated.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_a_step_that_ends_amid_its_batches_leaves_no_trace():
+    whole, stopped = small_training(accumulation=2), small_training(accumulation=2)
+    batches = []
+
+    def stop_at_the_second() -> torch.Tensor:
+        batches.append(None)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return loss_of_batch(stopped)
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.update(stop_at_the_second)
+    assert stopped.step == 0
+    assert one_step(stopped) == one_step(whole)
+    assert all(map(torch.equal, stopped.parameters(), whole.parameters()))
 
 
 def test_the_moving_average_lags_behind_what_is_trained():
@@ -179,6 +232,6 @@ def test_a_loss_that_is_not_a_number_changes_nothing():
     training = small_training()
     before = training.state_dict()
     with pytest.raises(ValueError, match="learning_rate: the loss is nan after 0 steps"):
-        training.update(sum(value.sum() for value in training.parameters()) * float("nan"))
+        training.update(lambda: sum(value.sum() for value in training.parameters()) * float("nan"))
     assert all(torch.equal(value, before["module"][key]) for key, value in training.module.state_dict().items())
     assert training.step == 0 and training.losses == []
