@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import urllib.request
 
 import comfy_client
+import environment
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False,
@@ -17,7 +16,7 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNod
 
 def launch(playwright):
     """A browser without a window."""
-    return playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    return playwright.chromium.launch(executable_path=environment.CHROMIUM, args=FLAGS)
 
 
 def open_page(browser, url: str, settings: dict):

@@ -33,6 +33,9 @@ CPU_PINS = ("torch==2.13.0", "torchvision==0.28.0")
 CPU_TORCHAUDIO = "torchaudio==2.11.0"
 # Playwright drives a Chromium that is there already.
 TOOLS = ("pytest", "pytest-xdist", "ruff", "matplotlib", "playwright", "comfy-cli", "comfy-test")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NO_CHROMIUM = ("the browser tests need a Chromium on PATH; get one with `apt-get install chromium` or install Google "
+               "Chrome, so that `chromium`, `chromium-browser` or `google-chrome` starts it")
 # Operators that torchvision's Python part refers to, for when its compiled part cannot load beside a CPU torch.
 TORCHVISION_SCHEMAS = '''import torch as _torch
 _schemas = _torch.library.Library("torchvision", "FRAGMENT")

@@ -4,7 +4,8 @@
 
 Sets up ComfyUI and its Python environment on the first call (environment.py). Then come ruff, all tests on the newest
 supported ComfyUI, and the tests marked `versions` on the older ones. When COMFYUI_PATH names a ComfyUI, the tests run
-on that one alone. With arguments, pytest runs once, with them.
+on that one alone. With arguments, pytest runs once, with them. The last lines sum up, and say so when the browser tests
+were skipped for want of a Chromium; nothing else is skipped on what is set up here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 
 import environment
 
-OLDER_VERSIONS = ("0.24.0", "0.16.3")
+OLDER_VERSIONS = {"0.24.0": "versions", "0.16.3": "versions and not curve_editor"}  # the tests that it runs
 WORKERS = 2  # each with a real ComfyUI; together they take up to 18 GB
 
 
@@ -31,9 +32,9 @@ def main() -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
         checks.append((f"pytest on {comfyui}", comfyui, pytest))
         if not os.environ.get("COMFYUI_PATH"):
-            for version in OLDER_VERSIONS:
+            for version, tests in OLDER_VERSIONS.items():
                 tree = environment.older_comfyui(version, python)
-                checks.append((f"pytest on ComfyUI {version}", tree, [*pytest, "-m", "versions", "tests/comfy"]))
+                checks.append((f"pytest on ComfyUI {version}", tree, [*pytest, "-m", tests, "tests/comfy"]))
     summary = []
     for name, tree, command in checks:
         print(f"== {name}", flush=True)
@@ -41,6 +42,8 @@ def main() -> int:
         done = subprocess.run(command, cwd=environment.REPOSITORY, env={**os.environ, "COMFYUI_PATH": str(tree)})
         result = "passed" if done.returncode == 0 else "FAILED"
         summary.append(f"{result}  {time.monotonic() - start:5.0f} s  {name}")
+    if not environment.CHROMIUM:
+        summary.append(f"skipped: {environment.NO_CHROMIUM}.")
     print("\n".join(["== Summary", *summary]))
     return int(any(line.startswith("FAILED") for line in summary))
 

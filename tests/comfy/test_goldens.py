@@ -101,22 +101,19 @@ def unet_weights_loaded(run, models_folder, model, tensors):
     return run("ControlNeXtUNetLoader", model=model, unet_name="golden_unet.safetensors", strength=1.0, mode="auto")
 
 
+@pytest.mark.versions
+@pytest.mark.parametrize("base", ["sd15"], indirect=True, scope="module")  # the only one whose goldens have differences
 def test_unet_with_a_file_of_differences_equals_reference(run, goldens, models_folder, base, unet):
-    variants = [variant for variant in BASES[base] if "delta" in goldens.unet[variant]]
-    if not variants:
-        pytest.skip("these goldens have no case with differences")
-    for variant in variants:
-        delta = goldens.unet[variant]["delta"]
-        filled = goldens.weights.fill_(delta["shapes"], delta["weights_seed"])
-        without = unet_weights_loaded(run, models_folder, unet, {
-            key: torch.from_numpy(delta["factor"] * value) for key, value in filled.items()})
-        controls = {"off": without, "on": controlled(run, goldens, models_folder, without, variant, delta["case"])}
-        for output, model in controls.items():
-            result = one_forward(model, *forward_inputs(goldens, base, model, delta["case"]))
-            result = result[None] if base == "svd" else result
-            difference = goldens.difference("unet.safetensors", delta["case"]["outputs"][output], result)
-            print(f"{variant} delta {output}: {difference:.2e} of the output's std")
-            assert difference <= BOUND[base], f"{variant} {output}"
+    delta = goldens.unet[base]["delta"]
+    filled = goldens.weights.fill_(delta["shapes"], delta["weights_seed"])
+    without = unet_weights_loaded(run, models_folder, unet, {
+        key: torch.from_numpy(delta["factor"] * value) for key, value in filled.items()})
+    controls = {"off": without, "on": controlled(run, goldens, models_folder, without, base, delta["case"])}
+    for output, model in controls.items():
+        result = one_forward(model, *forward_inputs(goldens, base, model, delta["case"]))
+        difference = goldens.difference("unet.safetensors", delta["case"]["outputs"][output], result)
+        print(f"{base} delta {output}: {difference:.2e} of the output's std")
+        assert difference <= BOUND[base], output
 
 
 def test_a_unet_that_gets_some_weights_from_a_file_equals_reference(run, goldens, models_folder, base, unet):

@@ -67,6 +67,7 @@ def test_the_curve_input_is_there_where_comfyui_has_a_curve_editor(comfy_nodes):
     assert optional["strength_keyframes"][0] == "HOOK_KEYFRAMES"
 
 
+@pytest.mark.curve_editor
 def test_a_constant_curve_multiplies_strength(sampled, curve):
     assert torch.equal(sampled(strength_curve=curve([(0.0, 0.5), (1.0, 0.5)])), sampled(strength=0.5))
     assert not torch.equal(sampled(strength=0.5), sampled())
@@ -76,6 +77,7 @@ def test_a_constant_keyframe_multiplies_strength(sampled, keyframes):
     assert torch.equal(sampled(strength_keyframes=keyframes((0.5, 0.0))), sampled(strength=0.5))
 
 
+@pytest.mark.curve_editor
 def test_a_curve_that_falls_to_0_ends_control_there(sampled, curve):
     ended = sampled(end_percent=0.5)
     assert torch.equal(sampled(strength_curve=curve(STEP_DOWN)), ended)
@@ -90,11 +92,13 @@ def test_the_first_keyframe_counts_before_it_begins(sampled, keyframes):
     assert torch.equal(sampled(strength_keyframes=keyframes((0.5, 0.3))), sampled(strength=0.5))
 
 
+@pytest.mark.curve_editor
 def test_curve_and_keyframes_multiply(sampled, curve, keyframes):
     both = sampled(strength_curve=curve([(0.0, 0.5), (1.0, 0.5)]), strength_keyframes=keyframes((0.5, 0.0)))
     assert torch.equal(both, sampled(strength=0.25))
 
 
+@pytest.mark.curve_editor
 def test_a_sampling_in_two_runs_follows_the_same_curve(sampled, curve):
     ramp = curve([(0.0, 1.0), (1.0, 0.0)])
     whole = sampled(strength_curve=ramp)

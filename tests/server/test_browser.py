@@ -18,7 +18,7 @@ from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need the Python package playwright")
 pytestmark = [pytest.mark.browser,
-              pytest.mark.skipif(not browser.CHROMIUM, reason="the browser tests need Chromium on PATH")]
+              pytest.mark.skipif(not environment.CHROMIUM, reason=environment.NO_CHROMIUM)]
 
 PICTURES = environment.cache_folder() / "screenshots"
 WORKFLOWS = sorted((environment.REPOSITORY / "example_workflows").glob("*.json"))
