@@ -5,6 +5,7 @@ What a window showed at the end of a test lies as PICTURES/<test>.png, the last 
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 
@@ -34,6 +35,27 @@ SEARCHES = {  # what people type: the node
 }
 GRAPH = "() => app.graph.serialize()"
 PROMPT = "async () => (await app.graphToPrompt()).output"
+OPEN = """async graph => {
+    app.canvas.setGraph(app.rootGraph)
+    await app.loadGraphData(graph)
+    const blueprint = app.graph.nodes.find(node => node.subgraph)
+    if (blueprint) app.canvas.openSubgraph(blueprint.subgraph, blueprint)
+}"""
+RECTANGLES = """async nodes2 => {  // when they have rested for five frames
+    const measure = node => {
+        if (!nodes2) return [...node.boundingRect]
+        const box = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect()
+        return box && [box.left, box.top, box.width, box.height].map(length => length / app.canvas.ds.scale)
+    }
+    let found, rested = 0
+    while (rested < 5) {
+        const before = JSON.stringify(found)
+        await new Promise(requestAnimationFrame)
+        found = app.canvas.graph.nodes.map(node => [`${node.title} ${node.id}`, measure(node)])
+        rested = JSON.stringify(found) == before ? rested + 1 : 0
+    }
+    return found
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +76,15 @@ def page(open_page, request):
     yield page
     PICTURES.mkdir(exist_ok=True)
     page.screenshot(path=PICTURES / f"{re.sub('[^A-Za-z0-9.]+', '_', request.node.name)}.png")
+
+
+@pytest.fixture(params=[False, True], ids=["classic", "Nodes 2.0"])
+def nodes2(page, request):
+    """Whether the frontend shows nodes in its newer face, as it does until the test ends."""
+    switch = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+    page.evaluate(switch, request.param)
+    yield request.param
+    page.evaluate(switch, False)
 
 
 @pytest.fixture
@@ -147,6 +178,21 @@ def test_an_example_opens_whole_from_the_template_browser_and_is_saved_as_it_was
     thumbnail = f"{url}/api/workflow_templates/ComfyUI-ControlNeXt/{file.stem.replace(' ', '%20')}.jpg"
     with comfy_client.open_url(thumbnail) as picture:
         assert Image.open(picture).size[0] >= 400
+
+
+def overlapping(rectangles: list) -> list[str]:
+    """The pairs of nodes that share some place, from [name, [left, top, width, height]] of each."""
+    return [f"{one} and {other}" for (one, a), (other, b) in itertools.combinations(rectangles, 2)
+            if all(max(a[axis], b[axis]) < min(a[axis] + a[axis + 2], b[axis] + b[axis + 2]) for axis in (0, 1))]
+
+
+def test_no_node_of_an_example_or_a_blueprint_lies_over_another(page, nodes2):
+    found = []
+    for file in [*WORKFLOWS, *(environment.REPOSITORY / "subgraphs").glob("*.json")]:
+        page.evaluate(OPEN, json.loads(file.read_text(encoding="utf-8")))
+        found += [f"{file.stem}: {pair}" for pair in overlapping(page.evaluate(RECTANGLES, nodes2))]
+    page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
+    assert not found
 
 
 @pytest.mark.parametrize("blueprint, example", BLUEPRINTS.items())
