@@ -7,7 +7,7 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from models import small_unet
 from safetensors.torch import save_file
-from sampling import cond, sample
+from sampling import cond, picture, sample
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -23,7 +23,18 @@ def flops(function, *args, **kwargs) -> int:
     return counter.get_total_flops()
 
 
-def steps(model, batch: int) -> list[int]:
+@pytest.fixture(params=["model", "conditioning"])
+def control(request, apply, hang):
+    """control(model, image, ...): (MODEL, positive, negative) under control by one route or the other."""
+    def controlled(model, controlnext, image, **settings):
+        conds = cond(model, 0), cond(model, 1)
+        if request.param == "model":
+            return apply(model, controlnext, image, **settings), *conds
+        return model, *hang(controlnext, image, *conds, **settings)
+    return controlled
+
+
+def steps(model, positive, negative, batch: int) -> list[int]:
     """FLOPs of each of two steps with both guidance halves."""
     counted = []
 
@@ -34,32 +45,32 @@ def steps(model, batch: int) -> list[int]:
     latent = torch.zeros(batch, 4, 8, 8)
     with torch.inference_mode():
         comfy.sample.sample_custom(model, latent, 7.0, comfy.samplers.KSAMPLER(sampler), torch.tensor([9.0, 2.0, 0.0]),
-                                   cond(model, 0), cond(model, 1), latent, disable_pbar=True, seed=1)
+                                   positive, negative, latent, disable_pbar=True, seed=1)
     return counted
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_step_pays_for_one_run_of_the_module_and_a_second_run_for_none(run, controlnext, monkeypatch, batch, apart):
-    """Whether the halves come in one call or two, and whatever the batch: they share the image and the timestep."""
+@pytest.mark.parametrize("batch, apart", [(1, False), (3, True)])
+def test_a_step_pays_for_one_run_of_the_module_and_a_second_run_for_none(control, controlnext, monkeypatch, batch,
+                                                                         apart):
+    """By either route, with the halves in one call or two, whatever the batch: they share image and timestep."""
     model = small_unet("sd15")
     if apart:
         monkeypatch.setattr(model.model, "memory_required", lambda *args, **kwargs: 1e30)
-    alone, = set(steps(model, batch))
-    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(7 + batch + apart))
-    controlled = run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=1.0,
-                     start_percent=0.0, end_percent=1.0)
+    alone, = set(steps(model, cond(model, 0), cond(model, 1), batch))
+    controlnext.loaded.features.clear()
+    image = picture(7)
+    controlled = control(model, controlnext, image)
     module, at = controlnext.patcher.model, torch.tensor([1.0])
     with torch.no_grad():
         part = module.image_part(image.movedim(-1, 1), 1, False)
     image_part = flops(module.image_part, image.movedim(-1, 1), 1, False)
     timestep_part = flops(module.timestep_part, part, at, (4, 4))
-    assert steps(controlled, batch) == [alone + image_part + timestep_part, alone + timestep_part]
-    assert steps(controlled, batch) == [alone, alone]
+    assert steps(*controlled, batch) == [alone + image_part + timestep_part, alone + timestep_part]
+    assert steps(*controlled, batch) == [alone, alone]
 
 
 @pytest.mark.parametrize("place", ["down_0", "before_middle", "middle"])
-def test_a_compiled_unet_is_one_graph_traced_once_under_control(run, controlnext, place):
+def test_a_compiled_unet_is_one_graph_traced_once_under_control(control, controlnext, place):
     """Steps, runs, images and strengths all go through the same graph."""
     graphs = []
 
@@ -69,9 +80,8 @@ def test_a_compiled_unet_is_one_graph_traced_once_under_control(run, controlnext
     # without attention: ComfyUI's own for a CPU cannot be traced whole
     model = small_unet("sd15", channel_mult=[1, 1], transformer_depth=[0, 0], transformer_depth_output=[0] * 4)
     for seed in range(2):
-        image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(seed))
-        controlled = run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=1.0 - seed / 2,
-                         start_percent=0.0, end_percent=1.0, inject_at=place)
+        settings = {"strength": 1.0 - seed / 2, "inject_at": place}
+        controlled, *conds = control(model.clone(), controlnext, picture(seed), **settings)
         set_torch_compile_wrapper(controlled, backend=backend, fullgraph=True)
-        sample(controlled, cond(model, 0), cond(model, 1), torch.zeros(1, 4, 8, 8), cfg=3.0, steps=3, seed=seed)
+        sample(controlled, *conds, torch.zeros(1, 4, 8, 8), cfg=3.0, steps=3, seed=seed)
     assert len(graphs) == 1
