@@ -1,11 +1,16 @@
-"""Finding and reading weight files, with one sentence for everything that can be wrong with one."""
+"""Finding, reading and writing weight files, with one sentence for everything that can go wrong with one."""
 
 import os
 import pickle
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import comfy.utils
 import folder_paths
 from safetensors import safe_open
+
+UNLISTED = ".part"  # an ending that no list of files has
 
 
 def list_files(kinds: tuple[str, ...]) -> list[str]:
@@ -57,3 +62,16 @@ def read_metadata(path: str) -> dict[str, str]:
 def load_state_dict(name: str, kinds: tuple[str, ...], input_name: str) -> dict:
     """``find_file`` and ``read_state_dict`` in one."""
     return read_state_dict(find_file(name, kinds, input_name), name, input_name)
+
+
+@contextmanager
+def write_whole(path: str) -> Iterator[str]:
+    """Where to write a file, or a folder of files, that becomes ``path`` once the block has ended.
+
+    That place has no ending that is listed, in a folder of its own beside ``path``. Whatever ends the block early, that
+    folder goes; only a process that is killed leaves it there, as ``path``, some letters and ``.part``.
+    """
+    folder, name = os.path.split(path)
+    with tempfile.TemporaryDirectory(UNLISTED, f"{name}.", folder) as part:
+        yield os.path.join(part, "unfinished")
+        os.replace(os.path.join(part, "unfinished"), path)

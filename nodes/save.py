@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..controlnext_core.families import FAMILIES
 from ..controlnext_core.training import reference_files
+from .files import UNLISTED, write_whole
 from .model import ControlNeXt, ControlNeXtType
 from .preview import show_text
 
@@ -40,9 +41,12 @@ class ControlNeXtSave(io.ComfyNode):
         output = folder_paths.get_output_directory()
         parent, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
         folder = os.path.join(parent, f"{name}_{counter:05}_")
-        os.makedirs(folder)
-        for file, (tensors, metadata) in files.items():
-            comfy.utils.save_torch_file({key: value.contiguous() for key, value in tensors.items()},
-                                        os.path.join(folder, file), metadata=metadata)
+        with write_whole(folder) as part:
+            os.mkdir(part)
+            for file, (tensors, metadata) in files.items():
+                comfy.utils.save_torch_file({key: value.contiguous() for key, value in tensors.items()},
+                                            os.path.join(part, file + UNLISTED), metadata=metadata)
+            for file in files:
+                os.rename(os.path.join(part, file + UNLISTED), os.path.join(part, file))
         sizes = " and ".join(f"{file} ({len(tensors)} tensors)" for file, (tensors, _) in files.items())
         return io.NodeOutput(ui=show_text(cls, f"{os.path.relpath(folder, output)}: {sizes}"))

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..controlnext_core.unet_weights import lora_key, low_rank
-from .files import list_files
+from .files import list_files, write_whole
 from .preview import show_text
 from .unet_loader import FOLDERS, BaseWeights, choose_mode, load_unet_weights, remarks
 
@@ -54,7 +54,8 @@ class ControlNeXtSaveAsLoRA(io.ComfyNode):
         output = folder_paths.get_output_directory()
         folder, filename, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
         path = os.path.join(folder, f"{filename}_{counter:05}_.safetensors")
-        comfy.utils.save_torch_file(lora, path)
+        with write_whole(path) as part:
+            comfy.utils.save_torch_file(lora, part)
         text = f"{os.path.relpath(path, output)}: {len(weights.tensors)} tensors, {mode} ({why}).{remarks(weights)}"
         return io.NodeOutput(ui=show_text(cls, text))
 

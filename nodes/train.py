@@ -19,6 +19,7 @@ from ..controlnext_core.training import UNET_PATTERNS, Training, new_module, sel
 from ..controlnext_core.unet_keys import diffusers_to_ldm
 from ..controlnext_core.unet_weights import read
 from .base import base_of_model, family_of
+from .files import write_whole
 from .model import ControlNeXt, ControlNeXtType, trained_controlnext
 from .places import PLACES, places_of
 from .preview import send_text, show_text
@@ -174,9 +175,9 @@ class ControlNeXtTrain(io.ComfyNode):
 
         def keep() -> str:
             path = os.path.join(folder, f"{name}_{counter:05}_step_{training.step}.pt")
-            torch.save({**training.state_dict(), "family": run.control.family.name, "scale": run.control.scale,
-                        "place": run.control.place_name}, path + ".part")
-            os.replace(path + ".part", path)
+            with write_whole(path) as part:
+                torch.save({**training.state_dict(), "family": run.control.family.name, "scale": run.control.scale,
+                            "place": run.control.place_name}, part)
             return os.path.relpath(path, _folder())
 
         first, progress = training.step, comfy.utils.ProgressBar(steps)

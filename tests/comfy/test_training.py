@@ -10,6 +10,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from faults import kill_while_writing
 from models import small_unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -205,6 +206,25 @@ def test_a_control_enters_where_it_was_trained_to(comfy_nodes, run, train, model
 @pytest.mark.parametrize("place", ["down_0", "before_middle", "middle"])
 def test_control_can_be_trained_for_any_place(train, unet, place):
     assert all(value.any() for value in weights(train(unet, steps=2, inject_at=place, trainable="module")[0]).values())
+
+
+def test_of_a_training_that_is_killed_while_it_is_kept_just_whole_states_are_listed(train, unet, comfy_nodes):
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, autograd has threads that a copy of a process lacks")
+    settings = dict(steps=2, save_every=1, batch_size=1, controlnext=None, trainable="module", filename_prefix="killed")
+    train(unet, **settings)
+    before = {name: (OUTPUT / "controlnext_training" / name).read_bytes() for name in kept_states()}
+    size = len(before["killed_00001_step_1.pt"])
+    folder = OUTPUT / "controlnext_training"
+    assert any([kill_while_writing(lambda: train(unet, **settings), folder, written)
+                for written in (size // 2, size + size // 2)])
+    listed = comfy_nodes["ControlNeXtTrain"].INPUT_TYPES()["optional"]["resume_from"][1]["options"]
+    assert {"none", *before} <= set(listed)
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    whole = torch.load(folder / "killed_00001_step_1.pt", weights_only=True)
+    for name in listed:
+        if name.startswith("killed"):
+            assert torch.load(folder / name, weights_only=True).keys() == whole.keys()
 
 
 def test_checkpointing_saving_and_previews_change_nothing(train, unet, monkeypatch):
