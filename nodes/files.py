@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import comfy.utils
 import folder_paths
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 UNLISTED = ".part"  # an ending that no list of files has
 
@@ -70,8 +70,20 @@ def write_whole(path: str) -> Iterator[str]:
 
     That place has no ending that is listed, in a folder of its own beside ``path``. Whatever ends the block early, that
     folder goes; only a process that is killed leaves it there, as ``path``, some letters and ``.part``.
+
+    Raises:
+        ValueError: the disk is full or refuses, in one sentence; what was there before is there still.
     """
     folder, name = os.path.split(path)
-    with tempfile.TemporaryDirectory(UNLISTED, f"{name}.", folder) as part:
-        yield os.path.join(part, "unfinished")
-        os.replace(os.path.join(part, "unfinished"), path)
+    try:
+        with tempfile.TemporaryDirectory(UNLISTED, f"{name}.", folder) as part:
+            yield os.path.join(part, "unfinished")
+            os.replace(os.path.join(part, "unfinished"), path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save says something of its own when the disk fails it
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(reason, (OSError, SafetensorError)):
+            raise
+        reason = getattr(reason, "strerror", reason)
+        raise ValueError(f"filename_prefix: {name} could not be written ({reason}), and what was there before is "
+                         "unchanged; make room on the disk or choose another folder.") from error

@@ -174,13 +174,18 @@ class ControlNeXtTrain(io.ComfyNode):
         folder, name, counter, _, _ = folder_paths.get_save_image_path(settings.filename_prefix, folder)
 
         def keep() -> str:
+            """Keep the training, or say why not: the end of a sentence."""
             path = os.path.join(folder, f"{name}_{counter:05}_step_{training.step}.pt")
-            with write_whole(path) as part:
-                torch.save({**training.state_dict(), "family": run.control.family.name, "scale": run.control.scale,
-                            "place": run.control.place_name}, part)
-            return os.path.relpath(path, _folder())
+            try:
+                with write_whole(path) as part, open(part, "wb") as file:
+                    torch.save({**training.state_dict(), "family": run.control.family.name, "scale": run.control.scale,
+                                "place": run.control.place_name}, file)
+            except ValueError as error:
+                return f"not kept; {error}"
+            return (f"kept in output/{FOLDER}; to go on, press R and choose {os.path.relpath(path, _folder())} in "
+                    "resume_from.")
 
-        first, progress = training.step, comfy.utils.ProgressBar(steps)
+        first, progress, kept = training.step, comfy.utils.ProgressBar(steps), ""
         try:
             comfy.model_management.in_training = True
             comfy.model_management.load_models_gpu([clone], memory_required=1e20, force_full_load=True)
@@ -192,15 +197,16 @@ class ControlNeXtTrain(io.ComfyNode):
                     bar.set_postfix({"loss": f"{loss:.4f}"})
                     bar.update()
                     if training.step % max(steps // TEXTS, 1) == 0:
-                        send_text(cls, f"step {training.step} of {steps}, loss {mean(training.losses[-MEAN_OF:]):.4f}")
+                        send_text(cls, f"step {training.step} of {steps}, loss {mean(training.losses[-MEAN_OF:]):.4f}\n"
+                                       f"{kept}")
                     shown = settings.preview_every and training.step % settings.preview_every == 0
                     progress.update_absolute(training.step, steps, run.preview() if shown else None)
                     if settings.save_every and training.step % settings.save_every == 0:
-                        keep()
+                        kept = f"step {training.step} is {keep()}"
+                        show_text(cls, kept)
         except BaseException:
             if training.step > first:
-                show_text(cls, f"stopped after step {training.step} of {steps} and kept in output/{FOLDER}; to go on, "
-                               f"press R and choose {keep()} in resume_from.")
+                show_text(cls, f"stopped after step {training.step} of {steps} and {keep()}")
             raise
         finally:
             comfy.model_management.in_training = False

@@ -1,8 +1,9 @@
-"""Real faults: a process that ends by SIGKILL while it writes."""
+"""Real faults: a process that ends by SIGKILL while it writes, and a disk that takes no more."""
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,15 @@ def kill_while_writing(write: Callable[[], None], folder: Path, size: int) -> bo
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return True
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file takes more than ``size`` bytes: the system refuses to write them, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -10,7 +10,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from faults import kill_while_writing
+from faults import full_disk, kill_while_writing
 from models import small_unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -225,6 +225,33 @@ def test_of_a_training_that_is_killed_while_it_is_kept_just_whole_states_are_lis
     for name in listed:
         if name.startswith("killed"):
             assert torch.load(folder / name, weights_only=True).keys() == whole.keys()
+
+
+def test_a_training_that_the_disk_refuses_goes_on_and_says_so(train, unet, caplog):
+    caplog.set_level("INFO")
+    before = kept_states()
+    with full_disk(100_000):
+        refused = train(unet, steps=2, save_every=1)
+    assert kept_states() == before and not list((OUTPUT / "controlnext_training").glob("test*.part"))
+    for step in (1, 2):
+        assert re.search(rf"step {step} is not kept; filename_prefix: test_\d+_step_{step}\.pt could not be written "
+                         r"\(File too large\), .*\.\n", caplog.text)
+    assert_equal(weights(refused[0]), weights(train(unet, steps=2)[0]))
+
+
+def test_what_ended_a_training_is_told_also_when_the_disk_refuses_to_keep_it(train, unet, caplog):
+    caplog.set_level("INFO")
+    steps = []
+
+    def fail_in_the_second_step(module, args, output):
+        steps.append(None)
+        if len(steps) == 2:
+            raise RuntimeError("the original reason")
+    hook = unet.model.diffusion_model.register_forward_hook(fail_in_the_second_step)
+    with full_disk(100_000), pytest.raises(RuntimeError, match="^the original reason$"):
+        train(unet)
+    hook.remove()
+    assert re.search(r"stopped after step 1 of 6 and not kept; .* could not be written \(File too large\)", caplog.text)
 
 
 def test_checkpointing_saving_and_previews_change_nothing(train, unet, monkeypatch):

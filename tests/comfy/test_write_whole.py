@@ -1,4 +1,4 @@
-"""What the save nodes write is there whole or not at all, whenever the process ends."""
+"""What the save nodes write is there whole or not at all, whenever the process ends and whatever the disk says."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
-from faults import kill_while_writing
+from faults import full_disk, kill_while_writing
 from models import small_unet
 from safetensors.torch import load_file, save_file
 
@@ -78,3 +78,18 @@ def test_of_a_save_that_was_killed_nothing_is_listed_and_the_next_one_is_whole(s
     for name, tensors in after.items():
         (content,) = (content for content in before.values() if content.keys() == tensors.keys())
         assert all(torch.equal(tensor, content[key]) for key, tensor in tensors.items()), name
+
+
+def test_of_a_save_that_the_disk_refuses_nothing_is_left_but_one_sentence(saver, folder):
+    save, sizes = saver
+    save()
+    before, content = saved(folder), listed(folder)
+    for size in sizes[:-1]:
+        with full_disk(size), pytest.raises(ValueError) as refused:
+            save()
+        sentence = str(refused.value)
+        assert sentence.startswith("filename_prefix: ") and "File too large" in sentence
+        assert sentence.endswith(".") and "\n" not in sentence and len(sentence) < 300
+        assert [path.name for path in folder.iterdir()] == list(before)
+    assert all(torch.equal(tensor, content[name][key])
+               for name, tensors in listed(folder).items() for key, tensor in tensors.items())
