@@ -1,5 +1,6 @@
 """Finding, reading and writing weight files, with one sentence for everything that can go wrong with one."""
 
+import hashlib
 import os
 import pickle
 import tempfile
@@ -27,6 +28,18 @@ def find_file(name: str, kinds: tuple[str, ...], input_name: str) -> str:
     folders = " or ".join(f"models/{kind}" for kind in kinds)
     raise FileNotFoundError(f"{input_name}: {name} was not found in {folders}; put the file there and press R to "
                             f"refresh.")
+
+
+def fingerprint(*paths: str) -> str:
+    """Another text when a file is exchanged. A digest, since ComfyUI writes it into the pictures' metadata."""
+    stats = [(path, os.stat(path)) for path in paths]
+    return hashlib.sha256(repr([(path, stat.st_mtime_ns, stat.st_size) for path, stat in stats]).encode()).hexdigest()
+
+
+def fingerprint_listed(name: str | None, kinds: tuple[str, ...], input_name: str) -> str:
+    """The ``fingerprint`` of a listed file; of all for None, as ComfyUI calls beforehand what comes over a link."""
+    names = list_files(kinds) if name is None else [name]
+    return fingerprint(*(find_file(name, kinds, input_name) for name in names))
 
 
 def read_state_dict(path: str, name: str, input_name: str) -> dict:

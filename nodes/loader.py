@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..controlnext_core.families import BASE_NAMES, FAMILIES, families_of
-from .files import list_files
+from .files import fingerprint_listed, list_files
 from .model import FOLDERS, ControlNeXt, ControlNeXtType, load_controlnext
 from .preview import show_text
 
@@ -27,6 +27,10 @@ class ControlNeXtLoader(io.ComfyNode):
             outputs=[ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt.")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, controlnext_name: str | None, **_) -> str:
+        return fingerprint_listed(controlnext_name, FOLDERS, "controlnext_name")
 
     @classmethod
     def execute(cls, controlnext_name: str, variant: str) -> io.NodeOutput:

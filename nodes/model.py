@@ -1,6 +1,5 @@
 """CONTROLNEXT: a loaded module that ComfyUI manages, shared by everything that loads the same file."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +15,7 @@ from comfy_api.latest import io
 from ..controlnext_core import checkpoint
 from ..controlnext_core.training import FAMILY_KEY, PLACE_KEY, with_scale
 from .feature_cache import FeatureCache, limit_from_environment
-from .files import find_file, read_metadata, read_state_dict
+from .files import find_file, fingerprint, read_metadata, read_state_dict
 
 FOLDERS = ("controlnext", "controlnet")
 ControlNeXtType = io.Custom("CONTROLNEXT")
@@ -104,8 +103,7 @@ def load_patcher(path: str, name: str, disable_dynamic: bool = False):
 def load_controlnext(name: str, variant: str) -> ControlNeXt:
     """Load a file of models/controlnext or models/controlnet; one that is in use already is shared, not read again."""
     path = find_file(name, FOLDERS, "controlnext_name")
-    stat = os.stat(path)
-    key = (path, stat.st_mtime_ns, stat.st_size)
+    key = fingerprint(path)
     loaded = _loaded.get(key)
     if loaded is None:
         loaded = _loaded[key] = load_module(path, name)

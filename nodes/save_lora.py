@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..controlnext_core.unet_weights import lora_key, low_rank
-from .files import list_files, write_whole
+from .files import fingerprint_listed, list_files, write_whole
 from .preview import show_text
 from .unet_loader import FOLDERS, BaseWeights, choose_mode, load_unet_weights, remarks
 
@@ -39,6 +39,10 @@ class ControlNeXtSaveAsLoRA(io.ComfyNode):
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name: str | None, **_) -> str:
+        return fingerprint_listed(unet_name, FOLDERS, "unet_name")
 
     @classmethod
     def execute(cls, unet_name: str, model, filename_prefix: str, rank: int) -> io.NodeOutput:

@@ -19,7 +19,7 @@ from ..controlnext_core.training import UNET_PATTERNS, Training, new_module, sel
 from ..controlnext_core.unet_keys import diffusers_to_ldm
 from ..controlnext_core.unet_weights import read
 from .base import base_of_model, family_of
-from .files import write_whole
+from .files import fingerprint, write_whole
 from .model import ControlNeXt, ControlNeXtType, trained_controlnext
 from .places import PLACES, places_of
 from .preview import send_text, show_text
@@ -121,6 +121,11 @@ class ControlNeXtTrain(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, resume_from=(NONE,), **_) -> str | None:
+        name = resume_from[0]  # None where it comes over a link
+        return None if name in (NONE, None) else fingerprint(os.path.join(_folder(), name))
 
     @classmethod
     def execute(cls, model, latents, conditioning, images, controlnext=None, empty_conditioning=None,

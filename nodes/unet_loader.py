@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..controlnext_core.families import BASE_NAMES
 from ..controlnext_core.training import MODE_KEY
 from ..controlnext_core.unet_weights import UNetWeights, compare, move_to_base, read, split_patches
-from .files import find_file, list_files, load_state_dict, read_metadata
+from .files import find_file, fingerprint_listed, list_files, load_state_dict, read_metadata
 from .preview import show_text
 
 FOLDERS = ("controlnext", "controlnet", "diffusion_models")
@@ -40,6 +40,10 @@ class ControlNeXtUNetLoader(io.ComfyNode):
             outputs=[io.Model.Output(display_name="model", tooltip="The MODEL with the weights applied.")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name: str | None, **_) -> str:
+        return fingerprint_listed(unet_name, FOLDERS, "unet_name")
 
     @classmethod
     def execute(cls, model, unet_name: str, strength: float, mode: str) -> io.NodeOutput:

@@ -11,8 +11,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "scripts"))
 sys.path.append(str(Path(__file__).parent))  # the helpers beside this file
 import comfy_client  # noqa: E402
 import environment  # noqa: E402
+import numpy as np  # noqa: E402
 import stand_in  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 
@@ -37,6 +39,16 @@ def full_controlnet(base) -> Path:
     path = base / "models" / "controlnext" / "full_controlnet.safetensors"
     save_file({f"control_model.{part}.weight": torch.zeros(8, 8, 3, 3) for part in parts}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def pictures(base) -> None:
+    """Two pictures for a training, in the input folder `training`."""
+    folder = base / "input" / "training"
+    folder.mkdir()
+    for index in range(2):
+        noise = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
 
 
 @pytest.fixture(scope="session")
