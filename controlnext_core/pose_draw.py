@@ -29,6 +29,7 @@ MIN_SCORE = 0.3
 LIMB_DIMMING = 0.6
 # The reference draws in fixed line widths on a canvas with this short side, then scales the picture down.
 DRAWING_SIZE = 2160
+LONGEST_SIDE = 32768  # of that canvas: a strip of one pixel would make it take all memory
 
 
 def draw_pose(
@@ -57,7 +58,7 @@ def draw_pose(
     people = frame.people
     if usual_look:
         people = [{part: _certain(points) for part, points in person.items()} for person in people]
-    scale = 1 if usual_look else DRAWING_SIZE / min(height, width)
+    scale = 1 if usual_look else min(DRAWING_SIZE / min(height, width), LONGEST_SIDE / max(height, width))
     canvas = np.zeros((int(height * scale), int(width * scale), 3), dtype=np.uint8)
 
     if draw_body:

@@ -107,3 +107,9 @@ def test_the_picture_takes_the_asked_size_and_the_pose_stretches_with_it(colors)
     assert picture.shape == (1080, 1728, 3)
     ys, xs = np.nonzero(picture.any(axis=2))
     assert (round(xs.mean()), round(ys.mean())) == (1296, 270)
+
+
+def test_a_strip_one_pixel_wide_is_drawn_in_little_memory():
+    figure = person(body=[(1, 0.5, 0.1, 1), (8, 0.5, 0.9, 1)])
+    picture = draw_pose(Frame(100, 100, [figure]), 1, 16384)
+    assert picture.shape == (16384, 1, 3) and picture.any()

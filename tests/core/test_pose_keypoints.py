@@ -110,3 +110,47 @@ def test_the_25_joints_of_another_body_model_are_an_error_that_says_where():
     frames = [{"canvas_width": 9, "canvas_height": 9, "people": [{BODY: [1.0] * 75}]}]
     with pytest.raises(ValueError, match=r"keypoints, frame 0, person 0: pose_keypoints_2d holds 75 numbers"):
         read_pose_keypoints(frames, "keypoints")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), None, 1e9, -1e300])
+@pytest.mark.parametrize("unit", [1, 512])
+def test_a_point_that_is_no_number_or_far_off_was_not_found_and_changes_no_other(number, unit):
+    joints = [(joint, unit * (0.2 + joint / 40), unit * 0.5, 1) for joint in range(18)]
+    frames = [{"canvas_width": 512, "canvas_height": 512, "people": [{BODY: body(*joints)}]}]
+    expected = read_pose_keypoints(frames, "keypoints")[0].people[0][BODY]
+    for place in range(9, 12):
+        frames[0]["people"][0][BODY] = [*body(*joints)[:place], number, *body(*joints)[place + 1 :]]
+        points = read_pose_keypoints(frames, "keypoints")[0].people[0][BODY]
+        assert not points[3].any()
+        np.testing.assert_array_equal(np.delete(points, 3, axis=0), np.delete(expected, 3, axis=0))
+
+
+@pytest.mark.parametrize("side", [-480, 16385, 10**9, float("nan"), float("inf"), "wide", []])
+def test_a_canvas_that_no_picture_has_is_an_error_that_says_where(side):
+    frames = [{"canvas_width": 9, "canvas_height": 9}, {"canvas_width": 9, "canvas_height": side}]
+    with pytest.raises(ValueError, match="^keypoints, frame 1: canvas_height is '.*' where 1 to 16384 pixels"):
+        read_pose_keypoints(frames, "keypoints")
+
+
+@pytest.mark.parametrize("side", [0, None])
+def test_a_canvas_of_0_is_not_stated(side):
+    frames = [{"canvas_width": side, "canvas_height": 9}, {"canvas_width": 8, "canvas_height": 9}]
+    assert [frame[:2] for frame in read_pose_keypoints(frames, "keypoints")] == [(8, 9), (8, 9)]
+
+
+WRONG = {
+    "keypoints is a str where a list is expected": "[]",
+    "keypoints, frame 0 is a int where a dict is expected": [3],
+    "keypoints, frame 0: people is a dict where a list is expected": {"people": {}},
+    "keypoints, frame 0, person 0 is a list where a dict is expected": {"people": [[1, 2, 3]]},
+    "keypoints, frame 0, person 0: pose_keypoints_2d holds something other than numbers": {"people": [{BODY: ["x"]}]},
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_is_no_pose_keypoint_is_an_error_that_says_where_and_what(words):
+    frames = WRONG[words]
+    if isinstance(frames, dict):
+        frames |= {"canvas_width": 9, "canvas_height": 9}
+    with pytest.raises(ValueError, match=f"^{words}.*: connect the keypoints of a pose estimation node.$"):
+        read_pose_keypoints(frames, "keypoints")
