@@ -5,12 +5,14 @@
 Each workflow is opened in ComfyUI's frontend (Chromium on PATH) and runs as it stands in the file, but for this: the
 files are the small model's, with its place of control; the picture is a drawing with its own size and prompt; and the
 drawing's silhouette stands for what needs models that cannot be had here (background removal, depth). There is no
-small model for poses: those workflows show poses and no result.
+small model for poses: those workflows show poses and no result. A workflow with a node of another pack needs that pack
+in base/custom_nodes in the cache folder; without it its thumbnail stays as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -20,10 +22,12 @@ import pictures
 
 EXAMPLES = environment.REPOSITORY / "example_workflows"
 SIDE = 512  # of a thumbnail
-DRAWINGS = {  # workflow: the drawing whose edges or silhouette control it; no training saw these
-    "SDXL Canny": "rooster", "Control and LoRA": "flamingo", "Inpaint with Control": "cat face", "Compare": "fish",
-    "SD1.5 Mask": "koala", "Two Controls": "horse face", "SDXL Depth": "bison",
+DRAWINGS = {  # workflow: the drawings whose edges or silhouette control it; no training saw these
+    "SDXL Canny": ["rooster"], "Control and LoRA": ["flamingo"], "Inpaint with Control": ["cat face"],
+    "Compare": ["fish"], "SD1.5 Mask": ["koala"], "Two Controls": ["horse face"], "SDXL Depth": ["bison"],
+    "Regional Control": ["flamingo", "cat face"],
 }
+SHEETS = {"Tiled Upscale with Control": ["open lock", "rooster", "camera", "horse face"]}  # one loads four drawings
 # What the note in a workflow says of its thumbnail, before and after this script made it.
 NOT_MADE = "shows the graph and no result: these weights could not be had where it was made."
 MADE = ("was made by running this graph on a small model of drawings, which this project trained; where it needs other "
@@ -39,16 +43,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def drawing_of(name: str):
+    """The drawing of this name, (height, width, 3) uint8."""
+    from demo_model.provide import WEIGHTS
+    from demo_model.world import load_held_out
+    drawings, captions = load_held_out(WEIGHTS)
+    return drawings[captions.index(name)]
+
+
 def put_drawing(name: str, repaint: bool, folder: Path) -> str:
     """Save the drawing of this name, transparent in its right half, to be repainted, or outside the drawn region."""
     import numpy as np
     from PIL import Image
 
     from demo_model.agreement import drawn_region
-    from demo_model.provide import WEIGHTS
-    from demo_model.world import load_held_out
-    drawings, captions = load_held_out(WEIGHTS)
-    drawing = drawings[captions.index(name)]
+    drawing = drawing_of(name)
     alpha = np.full(drawing.shape[:2], 255, np.uint8)
     if repaint:
         alpha[:, alpha.shape[1] // 2:] = 0
@@ -59,6 +68,16 @@ def put_drawing(name: str, repaint: bool, folder: Path) -> str:
     return path.name
 
 
+def put_sheet(names: list[str], folder: Path) -> str:
+    """Save the four drawings of these names in two rows, small, to be enlarged to twice their width and height."""
+    import numpy as np
+    from PIL import Image
+    upper_left, upper_right, lower_left, lower_right = map(drawing_of, names)
+    sheet = Image.fromarray(np.block([[[upper_left], [upper_right]], [[lower_left], [lower_right]]]))
+    sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(folder / "sheet.png")
+    return "sheet.png"
+
+
 def skip(prompt: dict, node: str, name: str) -> None:
     """Take a node out of an API graph; its first output becomes what comes into its input of this name."""
     source = prompt.pop(node)["inputs"][name]
@@ -66,10 +85,13 @@ def skip(prompt: dict, node: str, name: str) -> None:
         other["inputs"] = {key: source if value == [node, 0] else value for key, value in other["inputs"].items()}
 
 
-def on_small_model(prompt: dict, options: argparse.Namespace, drawing: str, text: str) -> dict:
-    """The API graph of a workflow on the small model and a file with a drawing that `text` names."""
+def on_small_model(prompt: dict, options: argparse.Namespace, files: list[str], texts: list[str]) -> dict:
+    """The API graph of a workflow on the small model: a file for each picture to load, a text for each prompt."""
     from demo_model import provide
     from demo_model.control import PLACE
+    width, height = demo.OWN["size"]
+    count, files, texts = len(files), itertools.cycle(files), itertools.cycle(texts)
+    sampling = {"steps": options.steps, "cfg": options.cfg, "seed": options.seed}
     photo = next(node for node, values in prompt.items() if values["class_type"] == "LoadImage")
     # LoadImage's mask is where a picture is transparent
     prompt["figure_mask"] = {"class_type": "InvertMask", "inputs": {"mask": [photo, 1]}}
@@ -78,13 +100,15 @@ def on_small_model(prompt: dict, options: argparse.Namespace, drawing: str, text
     for node, values in list(prompt.items()):
         kind, inputs = values["class_type"], values["inputs"]
         if kind == "LoadImage":
-            inputs["image"] = drawing
+            inputs["image"] = next(files)
         elif kind == "CheckpointLoaderSimple":
             inputs["ckpt_name"] = provide.CHECKPOINT
         elif kind == "ControlNeXtLoader":
             inputs["controlnext_name"] = provide.CANNY if "canny" in inputs["controlnext_name"] else provide.MASK
         elif kind == "ControlNeXtUNetLoader":
             inputs["unet_name"] = provide.CANNY_UNET if "canny" in inputs["unet_name"] else provide.MASK_UNET
+        elif kind == "ControlNeXtToControlNet":
+            inputs["inject_at"] = PLACE
         elif kind == "ControlNeXtApply":
             inputs["inject_at"] = PLACE
             if "ControlNeXtUNetLoader" not in kinds:  # the released mask control has none, ours does
@@ -95,10 +119,16 @@ def on_small_model(prompt: dict, options: argparse.Namespace, drawing: str, text
             inputs["lora_name"] = provide.LORA
         elif kind == "ImageScaleToTotalPixels":
             skip(prompt, node, "image")
+        elif kind == "ImageScale":
+            inputs |= {"width": width, "height": height}
+        elif kind == "EmptyLatentImage" and not isinstance(inputs["width"], list):  # side by side
+            inputs |= {"width": count * width, "height": height}
         elif kind == "KSampler":
-            inputs |= {"steps": options.steps, "cfg": options.cfg, "seed": options.seed}
+            inputs |= sampling
+        elif kind == "UltimateSDUpscaleNoUpscale":  # each drawing a tile
+            inputs |= sampling | {"tile_width": width, "tile_height": height, "tile_padding": 0, "mask_blur": 0}
         elif kind == "CLIPTextEncode":
-            inputs["text"] = "" if "worst quality" in inputs["text"] else text
+            inputs["text"] = "" if "worst quality" in inputs["text"] else next(texts)
         elif kind in ("RemoveBackground", "DA3Render"):
             values["class_type"] = "InvertMask" if kind == "RemoveBackground" else "MaskToImage"
             values["inputs"] = {"mask": [photo, 1] if kind == "RemoveBackground" else ["figure_mask", 0]}
@@ -133,6 +163,17 @@ def halves(left, right):
     return picture
 
 
+def above(controls: list, result):
+    """The control images side by side, the result of all beneath, twice as wide as it is high."""
+    from PIL import Image
+    picture = Image.new("RGB", (SIDE, SIDE))
+    side = SIDE // len(controls)
+    for index, control in enumerate(controls):
+        picture.paste(control.resize((side, SIDE // 2), Image.Resampling.NEAREST), (index * side, 0))
+    picture.paste(result.resize((SIDE, SIDE // 2), Image.Resampling.BICUBIC), (0, SIDE // 2))
+    return picture
+
+
 def poses(columns: int, rows: int):
     """A person who raises the arms, frame by frame in a grid, in OpenPose's look, whose lines show when small."""
     from PIL import Image
@@ -152,7 +193,7 @@ def prompts(url: str) -> dict[str, dict]:
     with sync_playwright() as playwright:
         page = pictures.open_page(playwright, url)
         graphs = {}
-        for workflow in DRAWINGS:
+        for workflow in [*DRAWINGS, *SHEETS]:
             graph = json.loads((EXAMPLES / f"{workflow}.json").read_text(encoding="utf-8"))
             page.evaluate("async graph => app.loadGraphData(graph)", graph)
             graphs[workflow] = page.evaluate("async () => (await app.graphToPrompt()).output")
@@ -167,16 +208,26 @@ def run(options: argparse.Namespace) -> None:
     provide.provide(options.comfyui, base / "models")
     device = ("--cpu",) if demo.needs_cpu_option() else ()
     with comfy_client.running_server(options.comfyui, base, options=device) as url:
+        known = comfy_client.get_json(f"{url}/object_info")
         for workflow, prompt in prompts(url).items():
-            drawing = put_drawing(DRAWINGS[workflow], workflow == "Inpaint with Control", base / "input")
-            prompt = on_small_model(prompt, options, drawing, DRAWINGS[workflow])
+            missing = {values["class_type"] for values in prompt.values()} - set(known)
+            if missing:
+                print(f"{workflow}: its thumbnail stays as it is, for want of {', '.join(missing)}", flush=True)
+                continue
+            if workflow in SHEETS:
+                files, texts = [put_sheet(SHEETS[workflow], base / "input")], [""]
+            else:
+                texts = DRAWINGS[workflow]
+                files = [put_drawing(name, workflow == "Inpaint with Control", base / "input") for name in texts]
+            prompt = on_small_model(prompt, options, files, texts)
             outputs = comfy_client.run_graph(url, prompt)
             if workflow == "Compare":
                 keys = ("a_images", "b_images")
                 result = halves(*(shown(outputs, prompt, base, "ImageCompare", key)[0] for key in keys))
             else:
                 (result,) = shown(outputs, prompt, base, "SaveImage")
-            picture = compose(result, shown(outputs, prompt, base, "PreviewImage"))
+            controls = shown(outputs, prompt, base, "PreviewImage")
+            picture = above(controls, result) if workflow == "Regional Control" else compose(result, controls)
             picture.save(EXAMPLES / f"{workflow}.jpg", quality=88)
             file = EXAMPLES / f"{workflow}.json"
             file.write_text(file.read_text(encoding="utf-8").replace(NOT_MADE, MADE), encoding="utf-8", newline="\n")

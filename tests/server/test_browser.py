@@ -15,7 +15,8 @@ import demo
 import environment
 import pytest
 import stand_in
-from PIL import Image
+from apply_controlnet import through_apply_controlnet
+from PIL import Image, ImageChops
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need the Python package playwright")
 pytestmark = [pytest.mark.browser,
@@ -149,6 +150,12 @@ def connections(prompt: dict) -> list:
         if isinstance(value, list) and value[0] in kept)) for node in kept.values())
 
 
+def of_other_packs(graph: dict) -> dict[str, str]:
+    """{node type: its pack} of the nodes that neither ComfyUI nor this pack has."""
+    packs = {node["type"]: node["properties"].get("cnr_id", "comfy-core") for node in graph["nodes"]}
+    return {kind: pack for kind, pack in packs.items() if pack not in ("comfy-core", "controlnext")}
+
+
 @pytest.mark.parametrize("words", SEARCHES)
 def test_the_node_search_finds(page, words):
     box = search(page, words)
@@ -158,7 +165,7 @@ def test_the_node_search_finds(page, words):
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_an_example_opens_whole_from_the_template_browser_and_is_saved_as_it_was(page, url, file):
-    """Same nodes, links and values as in the file, none unknown; its thumbnail is there."""
+    """Same nodes, links and values as in the file, none unknown but another pack's; its thumbnail is there."""
     saved = json.loads(file.read_text(encoding="utf-8"))
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_test_id("template-workflows-content").wait_for()
@@ -169,7 +176,7 @@ def test_an_example_opens_whole_from_the_template_browser_and_is_saved_as_it_was
     page.wait_for_function("count => app.graph.nodes.length == count", arg=len(saved["nodes"]))
     opened = page.evaluate(GRAPH)
     known = set(page.evaluate("() => Object.keys(LiteGraph.registered_node_types)"))
-    assert {node["type"] for node in saved["nodes"]} <= known
+    assert {node["type"] for node in saved["nodes"]} - known == set(of_other_packs(saved))
     assert nodes_by_id(opened) == nodes_by_id(saved)
     assert sorted(opened["links"]) == sorted(saved["links"])
     page.evaluate("async graph => app.loadGraphData(graph)", opened)
@@ -224,6 +231,17 @@ def test_every_file_to_download_is_named_where_its_loader_asks_for_it():
                 assert model["url"] in note and f"models/{model['directory']}" in note, file.name
 
 
+def test_a_pack_that_an_example_needs_is_named_and_linked_in_its_note():
+    found = {}
+    for file in WORKFLOWS:
+        graph = json.loads(file.read_text(encoding="utf-8"))
+        note = next(node for node in graph["nodes"] if node["type"] == "MarkdownNote")["widgets_values"][0]
+        for kind, pack in of_other_packs(graph).items():
+            assert f"`{kind}`" in note and re.search(rf"\(https://github\.com/\w+/{pack}\)", note, re.IGNORECASE)
+            found[file.stem] = pack
+    assert found == {"Tiled Upscale with Control": "comfyui_ultimatesdupscale"}
+
+
 def build(page, graph: dict) -> dict[str, int]:
     """The nodes of an API graph on the empty canvas, and its links, each drawn with the mouse; {name: id}."""
     ids = page.evaluate("""graph => {
@@ -273,6 +291,15 @@ def test_a_graph_built_by_dragging_links_runs_and_shows_picture_chart_and_what_w
     values = page.evaluate("id => app.graph.getNodeById(id).widgets.map(widget => `${widget.value}`)",
                            ids["controlnext"])
     assert any("million parameters" in value for value in values)
+
+
+def test_comfyuis_own_apply_controlnet_linked_by_dragging_draws_the_same_picture(page, base, main_job):
+    page.evaluate("graph => app.loadApiJson(graph, 'main job')", main_job)
+    page.wait_for_timeout(1000)
+    expected = ran(page, "save")["save"]
+    save = str(build(page, through_apply_controlnet(main_job))["save"])
+    one, other = (Image.open(demo.image_path(base, shown)) for shown in (expected, ran(page, save)[save]))
+    assert one.size == (128, 96) and ImageChops.difference(one, other).getbbox() is None
 
 
 def test_a_saved_workflow_is_the_same_after_reloading_the_page(page, url, main_job):

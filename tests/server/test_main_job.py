@@ -5,6 +5,7 @@ import demo
 import numpy as np
 import pytest
 import stand_in
+from apply_controlnet import through_apply_controlnet
 from PIL import Image
 
 SIZE = (128, 96)
@@ -14,20 +15,6 @@ STEPS = 3
 def main_job(controlnext: str = stand_in.CONTROLNEXT, **changes) -> dict:
     return demo.main_job(stand_in.CHECKPOINT, controlnext, "controlnext_demo.png", size=SIZE, steps=STEPS,
                          prompt="a portrait", **changes)
-
-
-def through_apply_controlnet(inject_at: str = "auto") -> dict:
-    """The main job with control on the conditionings, by ComfyUI's own Apply ControlNet."""
-    graph = main_job()
-    settings = graph.pop("apply")["inputs"]
-    graph["control_net"] = {"class_type": "ControlNeXtToControlNet", "inputs": {
-        "controlnext": settings["controlnext"], "inject_at": inject_at}}
-    graph["apply_controlnet"] = {"class_type": "ControlNetApplyAdvanced", "inputs": {
-        "positive": ["positive", 0], "negative": ["negative", 0], "control_net": ["control_net", 0],
-        **{name: settings[name] for name in ("image", "strength", "start_percent", "end_percent")}}}
-    graph["sample"]["inputs"] |= {"model": settings["model"], "positive": ["apply_controlnet", 0],
-                                  "negative": ["apply_controlnet", 1]}
-    return graph
 
 
 @pytest.fixture(scope="session")
@@ -123,14 +110,14 @@ def test_control_changes_the_picture(controlled, sample):
 
 
 def test_apply_controlnet_makes_the_same_picture(controlled, sample):
-    assert (sample(through_apply_controlnet()) == controlled[0]).all()
+    assert (sample(through_apply_controlnet(main_job())) == controlled[0]).all()
 
 
 def test_a_control_net_that_does_not_fit_is_refused_in_one_sentence_by_the_sampler_and_the_next_prompt_runs(sample):
     words = r"^KSampler: inject_at: .* should enter at down_2, but the connected MODEL has no such place; .*\.$"
     with pytest.raises(comfy_client.ComfyError, match=words):
-        sample(through_apply_controlnet("down_2"))
-    assert sample(through_apply_controlnet()).shape == (SIZE[1], SIZE[0], 3)
+        sample(through_apply_controlnet(main_job(), "down_2"))
+    assert sample(through_apply_controlnet(main_job())).shape == (SIZE[1], SIZE[0], 3)
 
 
 def test_strength_0_makes_the_picture_of_a_graph_without_control(sample):
