@@ -18,9 +18,11 @@ def show_text(cls, text: str) -> ui.PreviewText:
 
 
 def send_text(cls, text: str) -> None:
-    """Show a text on the node in the open page, in place of the one before."""
-    if cls.hidden is not None:  # None outside a prompt
-        server = PromptServer.instance
+    """Show a text on the node in the page that queued it, in place of the one before."""
+    if cls.hidden is None:  # outside a prompt
+        return
+    server = PromptServer.instance
+    if server.client_id is not None:  # for None, ComfyUI would tell every page
         server.send_progress_text(text, cls.hidden.unique_id, server.client_id)
 
 
