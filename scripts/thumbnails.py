@@ -4,9 +4,10 @@
 
 Each workflow is opened in ComfyUI's frontend (Chromium on PATH) and runs as it stands in the file, but for this: the
 files are the small model's, with its place of control; the picture is a drawing with its own size and prompt; and the
-drawing's silhouette stands for what needs models that cannot be had here (background removal, depth). There is no
-small model for poses: those workflows show poses and no result. A workflow with a node of another pack needs that pack
-in base/custom_nodes in the cache folder; without it its thumbnail stays as it is.
+drawing's silhouette stands for what needs models that cannot be had here (background removal, depth). Training is on
+the drawings that the small model was trained on, which npm fetches, with SETTINGS. There is no small model for poses:
+those workflows show poses and no result. A workflow with a node of another pack needs that pack in base/custom_nodes in
+the cache folder; without it its thumbnail stays as it is.
 """
 
 from __future__ import annotations
@@ -25,9 +26,16 @@ SIDE = 512  # of a thumbnail
 DRAWINGS = {  # workflow: the drawings whose edges or silhouette control it; no training saw these
     "SDXL Canny": ["rooster"], "Control and LoRA": ["flamingo"], "Inpaint with Control": ["cat face"],
     "Compare": ["fish"], "SD1.5 Mask": ["koala"], "Two Controls": ["horse face"], "SDXL Depth": ["bison"],
-    "Regional Control": ["flamingo", "cat face"],
+    "Regional Control": ["flamingo", "cat face"], "Train ControlNeXt": ["camera"],
 }
 SHEETS = {"Tiled Upscale with Control": ["open lock", "rooster", "camera", "horse face"]}  # one loads four drawings
+TRAINING = "drawings"  # the folder of pictures to train on, in the input folder
+SETTINGS = {  # of the training, for so small a model
+    "batch_size": 8, "grad_accumulation_steps": 1, "learning_rate": 1e-3, "unet_learning_rate": 3e-4,
+    "unet_pattern": r"to_out|down_blocks.*conv1", "inject_at": "conv_in", "min_snr_gamma": 1.0,
+    "training_dtype": "fp32", "gradient_checkpointing": False, "caption_dropout": 0.3, "save_every": 0,
+    "preview_every": 0,
+}
 # What the note in a workflow says of its thumbnail, before and after this script made it.
 NOT_MADE = "shows the graph and no result: these weights could not be had where it was made."
 MADE = ("was made by running this graph on a small model of drawings, which this project trained; where it needs other "
@@ -39,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=demo.OWN["steps"])
     parser.add_argument("--cfg", type=float, default=demo.OWN["cfg"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--training-steps", type=int, default=400)
     parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)  # set in the Python that runs ComfyUI
     return parser.parse_args()
 
@@ -78,6 +87,15 @@ def put_sheet(names: list[str], folder: Path) -> str:
     return "sheet.png"
 
 
+def put_training(drawings, captions: list[str], folder: Path) -> None:
+    """Save drawings (N, height, width, 3) with their captions in the folder TRAINING."""
+    from PIL import Image
+    (folder / TRAINING).mkdir(exist_ok=True)
+    for index, (drawing, caption) in enumerate(zip(drawings, captions, strict=True)):
+        Image.fromarray(drawing).save(folder / TRAINING / f"{index}.png")
+        (folder / TRAINING / f"{index}.txt").write_text(caption, encoding="utf-8")
+
+
 def skip(prompt: dict, node: str, name: str) -> None:
     """Take a node out of an API graph; its first output becomes what comes into its input of this name."""
     source = prompt.pop(node)["inputs"][name]
@@ -111,7 +129,8 @@ def on_small_model(prompt: dict, options: argparse.Namespace, files: list[str], 
             inputs["inject_at"] = PLACE
         elif kind == "ControlNeXtApply":
             inputs["inject_at"] = PLACE
-            if "ControlNeXtUNetLoader" not in kinds:  # the released mask control has none, ours does
+            # the released mask control has none, ours does
+            if not kinds & {"ControlNeXtUNetLoader", "ControlNeXtTrain"}:
                 prompt["unet_weights"] = {"class_type": "ControlNeXtUNetLoader", "inputs": {
                     "model": inputs["model"], "unet_name": provide.MASK_UNET, "strength": 1.0, "mode": "auto"}}
                 inputs["model"] = ["unet_weights", 0]
@@ -123,11 +142,15 @@ def on_small_model(prompt: dict, options: argparse.Namespace, files: list[str], 
             inputs |= {"width": width, "height": height}
         elif kind == "EmptyLatentImage" and not isinstance(inputs["width"], list):  # side by side
             inputs |= {"width": count * width, "height": height}
+        elif kind == "LoadImageTextDataSetFromFolder":
+            inputs["folder"] = TRAINING
+        elif kind == "ControlNeXtTrain":
+            inputs |= SETTINGS | {"steps": options.training_steps}
         elif kind == "KSampler":
             inputs |= sampling
         elif kind == "UltimateSDUpscaleNoUpscale":  # each drawing a tile
             inputs |= sampling | {"tile_width": width, "tile_height": height, "tile_padding": 0, "mask_blur": 0}
-        elif kind == "CLIPTextEncode":
+        elif kind == "CLIPTextEncode" and inputs["text"]:
             inputs["text"] = "" if "worst quality" in inputs["text"] else next(texts)
         elif kind in ("RemoveBackground", "DA3Render"):
             values["class_type"] = "InvertMask" if kind == "RemoveBackground" else "MaskToImage"
@@ -204,8 +227,12 @@ def run(options: argparse.Namespace) -> None:
     import comfy_client
 
     from demo_model import provide
+    from demo_model.world import load_world
     base = environment.base_directory(environment.cache_folder() / "base")
     provide.provide(options.comfyui, base / "models")
+    drawings = load_world(environment.cache_folder() / "demo_model")
+    put_training(drawings.drawings[drawings.training], [drawings.captions[index] for index in drawings.training],
+                 base / "input")
     device = ("--cpu",) if demo.needs_cpu_option() else ()
     with comfy_client.running_server(options.comfyui, base, options=device) as url:
         known = comfy_client.get_json(f"{url}/object_info")
@@ -221,7 +248,7 @@ def run(options: argparse.Namespace) -> None:
                 files = [put_drawing(name, workflow == "Inpaint with Control", base / "input") for name in texts]
             prompt = on_small_model(prompt, options, files, texts)
             outputs = comfy_client.run_graph(url, prompt)
-            if workflow == "Compare":
+            if workflow in ("Compare", "Train ControlNeXt"):
                 keys = ("a_images", "b_images")
                 result = halves(*(shown(outputs, prompt, base, "ImageCompare", key)[0] for key in keys))
             else:

@@ -1,11 +1,20 @@
-"""A training through the real server: the stock dataset nodes, an interruption, and going on from what it kept."""
+"""Trainings through the real server: an interruption and going on from what it kept, and the example workflow."""
 
 import json
 import urllib.request
+from types import SimpleNamespace
 
 import comfy_client
+import demo
+import numpy as np
 import pytest
+import thumbnails
+from PIL import Image
 from training_graph import graph
+from workflow_prompt import to_prompt
+
+from demo_model import provide
+from demo_model.world import load_held_out
 
 
 def test_an_interrupted_training_is_listed_and_goes_on_to_a_saved_model(url, base, pictures):
@@ -23,3 +32,25 @@ def test_an_interrupted_training_is_listed_and_goes_on_to_a_saved_model(url, bas
     assert shown["graph"]["images"]
     assert shown["save"]["text"][0].endswith("server_00001_: controlnet.safetensors (52 tensors)")
     assert (base / "output" / "controlnext" / "server_00001_" / "controlnet.safetensors").is_file()
+
+
+def test_the_training_workflow_trains_saves_and_draws_with_and_without_control(url, base, comfyui):
+    """From the file to the pictures, on the demonstration's model and a few of its drawings."""
+    provide.provide(comfyui, base / "models")
+    drawings, captions = load_held_out(provide.WEIGHTS)
+    thumbnails.put_training(drawings[:4], captions[:4], base / "input")
+    drawing = thumbnails.put_drawing("rooster", False, base / "input")
+    workflow = json.loads((thumbnails.EXAMPLES / "Train ControlNeXt.json").read_text(encoding="utf-8"))
+    prompt = thumbnails.on_small_model(to_prompt(workflow, comfy_client.get_json(f"{url}/object_info")),
+                                       SimpleNamespace(steps=2, cfg=1.0, seed=0, training_steps=2), [drawing],
+                                       ["rooster"])
+    shown = {prompt[node]["class_type"]: output for node, output in comfy_client.run_graph(url, prompt).items()}
+    assert shown["LossGraphNode"]["images"]
+    text = shown["ControlNeXtSave"]["text"][0]
+    assert "controlnet.safetensors (52 tensors) and unet.safetensors" in text
+    assert (base / "output" / text.split(":")[0] / "unet.safetensors").is_file()
+    controlled, free = (np.array(Image.open(demo.image_path(base, {"images": shown["ImageCompare"][key]})))
+                        for key in ("a_images", "b_images"))
+    assert (controlled != free).mean() > 0.01
+    both = np.array(Image.open(demo.image_path(base, shown["SaveImage"])))
+    assert (both == np.concatenate([controlled, free], axis=1)).all()

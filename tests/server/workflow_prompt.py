@@ -24,7 +24,7 @@ def to_prompt(workflow: dict, object_info: dict) -> dict[str, dict]:
         for entry in node["inputs"]:
             name = entry["name"]
             if "widget" in entry:
-                value = next(values)
+                value = next(values, None)  # Compare Images saves none for its view
                 if name in described:  # the upload button is not
                     inputs[name] = value
                     if len(described[name]) > 1 and described[name][1].get("control_after_generate"):
