@@ -15,6 +15,8 @@ import time
 import world
 
 STEPS, EVERY = 600, 60
+LEARNING_RATE, UNET_LEARNING_RATE = 1e-3, 3e-4
+SNR_LIMIT, DROPPED_CAPTIONS, SWAPPED_CAPTIONS = 1.0, 0.3, 0.3  # of demo_model/denoiser.py's loss
 DRAWINGS, SAMPLING_STEPS, SEED = 32, 10, 1
 LABELS = {"cross": "ControlNeXt, cross normalization", "zero": "ControlNeXt, zero convolution",
           "controlnet": "ControlNet, copied encoder"}
@@ -42,10 +44,33 @@ def controlled(kind: str, unet):
     """A model ``(x, timestep, caption, control image) -> noise`` and AdamW's parameter groups for it."""
     from torch import nn
 
-    from demo_model.control import LEARNING_RATE, UNET_LEARNING_RATE, Controlled
+    from controlnext_core.families import FAMILIES
+    from controlnext_core.training import add_features, control_features, new_module, select_weights
+    from controlnext_core.unet_keys import diffusers_to_ldm
+    from demo_model.control import SETTINGS, WIDTHS
+
+    class WithControlNeXt(nn.Module):
+        def __init__(self, zero: bool):
+            super().__init__()
+            self.unet, self.zero, self.family = unet.requires_grad_(False), zero, FAMILIES["sd15"]
+            self.module = new_module(self.family, zero_convolution=zero, **WIDTHS)
+            names = diffusers_to_ldm(unet.state_dict())
+            trained = select_weights(names, SETTINGS["unet_pattern"]).values()
+            self.trained = [unet.get_parameter(key).requires_grad_(True) for key in trained]
+
+        def forward(self, x, timestep, caption, image):
+            features = control_features(self.module, self.family, image, timestep, x.shape[-2:], self.zero)
+
+            def add(h, options: dict):
+                return add_features(h, features, zero_convolution=self.zero) if options["block"] == ("input", 0) else h
+
+            return self.unet(x, timesteps=timestep, context=caption,
+                             transformer_options={"patches": {"input_block_patch_after_skip": [add]}})
+
     if kind != "controlnet":
-        model = Controlled(unet, zero_convolution=kind == "zero")
-        return model, model.rates()
+        model = WithControlNeXt(kind == "zero")
+        return model, [{"params": list(model.module.parameters()), "lr": LEARNING_RATE},
+                       {"params": model.trained, "lr": UNET_LEARNING_RATE}]
 
     class WithControlNet(nn.Module):
         def __init__(self):
@@ -106,7 +131,6 @@ def learn(kind: str, folder) -> dict:
     import torch
 
     from demo_model.agreement import drawn_edges, edge_f1
-    from demo_model.control import DROPPED_CAPTIONS, SNR_LIMIT, SWAPPED_CAPTIONS
     from demo_model.denoiser import denoising_loss
     from demo_model.loop import train
     from demo_model.samples import Samples, as_image, control_maps, encode, load_contexts, varied_drawings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import ctypes
 import gc
@@ -21,6 +20,7 @@ INSIDE = "CONTROLNEXT_BENCHMARK"  # set when the script runs again in the Python
 
 sys.path[1:1] = [str(REPOSITORY / "scripts"), str(REPOSITORY / "tests" / "comfy")]
 import environment  # noqa: E402
+import in_process  # noqa: E402
 import stand_in  # noqa: E402
 
 DEPTHS = {  # transformer depths of the released UNet, where the tests' one is cut
@@ -55,37 +55,13 @@ def enter(*options: str) -> None:
     logging.getLogger().setLevel(logging.ERROR)
 
 
-class Pack:
-    """The pack as ComfyUI's own loader loads it."""
-
-    def __init__(self):
-        import folder_paths
-        import utils.extra_config  # noqa: F401
-
-        import nodes  # after utils, as in main.py: it puts comfy/, with another utils, first
-        folder = Path(folder_paths.get_folder_paths("custom_nodes")[0]) / "ComfyUI-ControlNeXt"
-        assert asyncio.run(nodes.load_custom_node(str(folder))), "ComfyUI could not load the pack"
-        self._nodes = nodes.NODE_CLASS_MAPPINGS
-        self._models = Path(folder_paths.models_dir)
-
-    def module(self, name: str):
-        """A module of the pack, such as ``nodes.injection``."""
-        root = self._nodes["ControlNeXtApply"].__module__.rsplit(".nodes.", 1)[0]
-        return sys.modules[f"{root}.{name}"]
-
-    def run(self, node: str, **inputs):
-        """The output of a node, or all of them where it has several."""
-        import torch
-        cls = self._nodes[node]
-        with torch.inference_mode():
-            outputs = getattr(cls if hasattr(cls, "GET_SCHEMA") else cls(), cls.FUNCTION)(**inputs)
-        outputs = getattr(outputs, "result", outputs)
-        return outputs[0] if len(outputs) == 1 else outputs
+class Pack(in_process.Pack):
+    """The pack and ComfyUI's nodes, with what the benchmarks load."""
 
     def controlnext(self, variant: str):
         """A CONTROLNEXT of the light layout (sd15, sdxl and svd) with seeded random weights."""
         from safetensors.torch import save_file
-        file = self._models / "controlnext" / f"{variant}.safetensors"
+        file = self.models / "controlnext" / f"{variant}.safetensors"
         save_file(stand_in.random_weights(stand_in.controlnext_shapes(), seed=0), file)
         return self.run("ControlNeXtLoader", controlnext_name=file.name, variant=variant)
 
@@ -93,7 +69,7 @@ class Pack:
         """The demonstration's trained model, drawing for these captions (demo_model/measure.py)."""
         from demo_model import provide
         from demo_model.measure import Demonstration
-        provide.provide(Path(os.environ["COMFYUI_PATH"]), self._models)
+        provide.provide(Path(os.environ["COMFYUI_PATH"]), self.models)
         return Demonstration(self.run, drawings, captions, cfg)
 
 

@@ -1,59 +1,86 @@
-"""ControlNeXt for the demonstration's UNet: a narrow module after the first convolution, and a few UNet weights.
+"""The demonstration's controls, trained as a user of the pack trains one: with Train ControlNeXt and ComfyUI's nodes.
 
-The features enter where an SDXL ControlNeXt does: this UNet has one level, so SD1.5's own place does not exist in it.
+Each is a narrow ControlNeXt that enters after the first convolution, as an SDXL one does, since this UNet has one level
+and so lacks SD1.5's own place; and a few UNet weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import torch
-from torch import nn
+from safetensors.torch import save_file
 
 from controlnext_core.families import FAMILIES
-from controlnext_core.training import add_features, control_features, new_module, select_weights
-from controlnext_core.unet_keys import diffusers_to_ldm
+from controlnext_core.training import new_module
+from demo_model import provide
+from demo_model.agreement import drawn_region
+from demo_model.samples import varied_drawings
+from demo_model.world import World, to_drawings
 
-FAMILY = FAMILIES["sd15"]
-PLACE = "conv_in"
-# what the reference trains of SD1.5, and the convolution that meets the features, since so small a UNet has one chance
-UNET_PATTERN = r"to_out|down_blocks.*conv1"
 WIDTHS = {"stem_0": 32, "stem_1": 32, "width_0": 64, "width_1": 64, "width_2": 128}
-LEARNING_RATE, UNET_LEARNING_RATE = 1e-3, 3e-4
-SNR_LIMIT = 1.0  # control is about where things are, which is settled while noise prevails
-DROPPED_CAPTIONS = 0.3  # more than usual: control is to work without a prompt as well
-SWAPPED_CAPTIONS = 0.3  # of edges, which tell more than a caption: they are to hold against what it makes expect
+NARROW = "narrow.safetensors"
+# of edges, which tell more than a caption, the share that goes with another drawing's: they are to hold against it
+SWAPPED_CAPTIONS = {"canny": 0.3, "mask": 0.0}
+SETTINGS = {
+    "batch_size": 8, "learning_rate": 1e-3, "unet_learning_rate": 3e-4, "trainable": "module and UNet weights",
+    # the reference's for SD1.5, and the convolution that meets the features, since so small a UNet has one chance
+    "unet_pattern": r"to_out|down_blocks.*conv1",
+    "inject_at": "conv_in", "training_dtype": "fp32", "gradient_checkpointing": False,
+    "min_snr_gamma": 0.1,  # low, for control is about where things are, which is settled while noise prevails
+    "caption_dropout": 0.3,  # more than usual: control is to work without a prompt as well
+    "warmup_steps": 100, "ema": 0.995, "seed": 0, "save_every": 250, "preview_every": 0,
+}
 
 
-class Controlled(nn.Module):
-    """A UNet and the module that controls it: ``(x, timestep, caption, control image) -> noise``.
+def dataset(run: Callable, world: World, kind: str, file: Path) -> dict:
+    """Inputs of Train ControlNeXt: the drawings that training may see in their variations, captions, control images.
 
     Args:
-        zero_convolution: add the features through a convolution that begins as zeros, without cross normalization.
-
-    Attributes:
-        trained: {diffusers name: the UNet's own name} of the UNet weights that are trained along.
+        run: executes a node and returns its output, or all of them where it has several.
+        file: keeps latents and encoded captions, for they take minutes.
     """
+    model, clip, vae = run("CheckpointLoaderSimple", ckpt_name=provide.CHECKPOINT)
+    varied = varied_drawings(world)
+    pictures = [varied[index].movedim(1, -1) for index in world.training]
+    if not file.exists():
+        texts = [*(world.captions[index] for index in world.training), ""]
+        torch.save(([run("VAEEncode", pixels=variations, vae=vae) for variations in pictures],
+                    [run("CLIPTextEncode", clip=clip, text=text) for text in texts]), file)
+    latents, (*captions, empty) = torch.load(file, weights_only=True)
+    generator, conditioning = np.random.default_rng(0), []
+    for own, variations in enumerate(pictures):
+        swapped = generator.random(len(variations)) < SWAPPED_CAPTIONS[kind]
+        others = generator.integers(len(captions), size=len(variations))
+        conditioning += [captions[row] for row in np.where(swapped, others, own)]
+    return {"model": [model], "latents": latents, "conditioning": conditioning, "empty_conditioning": [empty],
+            "images": [control_images(run, variations, kind) for variations in pictures]}
 
-    def __init__(self, unet: nn.Module, zero_convolution: bool = False):
-        super().__init__()
-        self.unet = unet.requires_grad_(False)
-        self.zero_convolution = zero_convolution
-        self.module = new_module(FAMILY, zero_convolution=zero_convolution, **WIDTHS)
-        self.trained = select_weights(diffusers_to_ldm(unet.state_dict()), UNET_PATTERN)
-        for key in self.trained.values():
-            unet.get_parameter(key).requires_grad_(True)
 
-    def rates(self) -> list[dict]:
-        return [{"params": list(self.module.parameters()), "lr": LEARNING_RATE},
-                {"params": [self.unet.get_parameter(key) for key in self.trained.values()], "lr": UNET_LEARNING_RATE}]
+def control_images(run: Callable, pictures: torch.Tensor, kind: str) -> torch.Tensor:
+    """The control image of each picture of an IMAGE."""
+    if kind == "canny":
+        return run("ControlNeXtCanny", image=pictures, threshold="auto", low_threshold=100, high_threshold=200)
+    regions = np.stack([drawn_region(picture) for picture in to_drawings(pictures.movedim(-1, 1))])
+    return torch.from_numpy(regions).float()[..., None].expand(-1, -1, -1, 3)
 
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor, caption: torch.Tensor,
-                image: torch.Tensor) -> torch.Tensor:
-        features = control_features(self.module, FAMILY, image, timestep, x.shape[-2:], self.zero_convolution)
 
-        def add(h: torch.Tensor, options: dict) -> torch.Tensor:
-            if options["block"] != ("input", 0):
-                return h
-            return add_features(h, features, zero_convolution=self.zero_convolution)
+def train(run: Callable, base: Path, world: World, kind: str, steps: int) -> Path:
+    """Train a control, from where an earlier call was stopped; returns the folder that Save ControlNeXt Model wrote.
 
-        return self.unet(x, timesteps=timestep, context=caption,
-                         transformer_options={"patches": {"input_block_patch_after_skip": [add]}})
+    Args:
+        base: ComfyUI's base directory.
+    """
+    output = base / "output"
+    save_file(new_module(FAMILIES["sd15"], **WIDTHS).state_dict(), base / "models" / "controlnext" / NARROW)
+    settings = SETTINGS | {"steps": steps, "filename_prefix": kind}
+    kept = output.glob(f"controlnext_training/{kind}_*.pt")
+    if latest := max(kept, key=lambda file: file.stat().st_mtime, default=None):
+        settings["resume_from"] = latest.name
+    settings["controlnext"] = run("ControlNeXtLoader", controlnext_name=NARROW, variant="sd15")
+    controlnext, *_ = run("ControlNeXtTrain", **dataset(run, world, kind, base / "encoded.pt"),
+                          **{name: [value] for name, value in settings.items()})
+    run("ControlNeXtSave", controlnext=controlnext, filename_prefix=f"controlnext/{kind}")
+    return max(output.glob(f"controlnext/{kind}_*"))

@@ -3,12 +3,14 @@
     python demo_model/make.py
 
 Sets up ComfyUI and its Python environment on the first call, as the demo does, fetches the drawings with npm, and
-trains one after the other; stopped and called again, it goes on where it was. A GPU takes minutes, a CPU many hours.
+trains one after the other; stopped and called again, it goes on where it was. The controls are trained by Train
+ControlNeXt, on the finished checkpoint. A GPU takes minutes, a CPU many hours.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +20,15 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyU
 
 import environment  # noqa: E402
 
-STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 12000, "canny": 3000, "mask": 1000}
-STAGES = (*STEPS, "checkpoint")
+STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 12000, "canny": 3500, "mask": 900}
+STAGES = ("autoencoder", "decoder", "unet", "checkpoint", "canny", "mask")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE",
-                        help=f"what to make, of {', '.join(STAGES)} (default: all in turn); needs those before it, but "
-                             f"only the checkpoint needs the decoder")
+                        help=f"what to make, of {', '.join(STAGES)} (default: all in turn); those before it are made, "
+                             f"too, but canny and mask need nothing more than the checkpoint in --weights")
     parser.add_argument("--folder", type=Path, help="for its state (default: demo_model in the cache folder)")
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights",
                         help="folder for what is made (default: %(default)s)")
@@ -102,30 +104,34 @@ class Making:
                               self.samples(self.latents[0][:, :UPRIGHT]), self.device)
         return self.train("unet", unet, loss, [{"params": list(unet.parameters()), "lr": LEARNING_RATE}])
 
+    @cached_property
+    def pack(self):
+        """ComfyUI's nodes and the pack's, with the checkpoint among ComfyUI's models."""
+        import in_process
+        import stand_in
+
+        from demo_model import provide
+        pack = in_process.Pack()
+        stand_in.save(provide.checkpoint(self.weights / provide.CHECKPOINT),
+                      pack.models / "checkpoints" / provide.CHECKPOINT)
+        return pack
+
     def canny(self) -> None:
-        from demo_model.agreement import drawn_edges
-        from demo_model.control import SWAPPED_CAPTIONS
-        self.control("canny", drawn_edges, SWAPPED_CAPTIONS)
+        self.control("canny")
 
     def mask(self) -> None:
-        from demo_model.agreement import drawn_region
-        self.control("mask", drawn_region)
+        self.control("mask")
 
-    def control(self, kind: str, control, swapped: float = 0.0) -> None:
-        from controlnext_core.training import reference_files
-        from demo_model.control import DROPPED_CAPTIONS, FAMILY, SNR_LIMIT, Controlled
-        from demo_model.denoiser import denoising_loss
-        from demo_model.samples import control_maps
-        unet = self.unet()
-        base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-        controlled = Controlled(unet).to(self.device)
-        samples = self.samples(self.latents[0], control_maps(self.varied, control))
-        loss = denoising_loss(controlled, samples, self.device, DROPPED_CAPTIONS, SNR_LIMIT, swapped)
-        trained = self.train(kind, controlled, loss, controlled.rates(), average=0.98)
-        weights = trained.unet.state_dict()
-        differences = {name: weights[key] - base[key] for name, key in controlled.trained.items()}
-        for file, (tensors, metadata) in reference_files(trained.module.state_dict(), FAMILY, 1.0, differences).items():
-            self.save(tensors, f"{kind}_{file}", metadata)
+    def control(self, kind: str) -> None:
+        """Train a control for the finished checkpoint, by the pack's own node."""
+        from safetensors import safe_open
+        from safetensors.torch import load_file
+
+        from demo_model.control import train
+        folder = train(self.pack.run, self.pack.models.parent, self.world, kind, self.steps[kind])
+        for file in folder.iterdir():
+            with safe_open(file, "pt") as opened:
+                self.save(load_file(file), f"{kind}_{file.name}", opened.metadata())
 
     def checkpoint(self) -> None:
         """Write UNet and VAE, and the drawings that they never saw."""
@@ -147,11 +153,14 @@ class Making:
 
 def main() -> None:
     options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Train ControlNeXt keeps what it trained then, too
     folder = options.folder or environment.cache_folder() / "demo_model"
     if options.comfyui:
         sys.path.insert(0, str(options.comfyui))
         import torch
-        sys.argv = [sys.argv[0], *([] if torch.cuda.is_available() else ["--cpu"])]
+        base = environment.base_directory(folder / "comfyui")
+        sys.argv = [sys.argv[0], "--base-directory", str(base), "--use-pytorch-cross-attention",
+                    *([] if torch.cuda.is_available() else ["--cpu"])]
         import comfy.options
         comfy.options.enable_args_parsing()
         making = Making(folder, options.weights, options.share)

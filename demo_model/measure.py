@@ -12,7 +12,6 @@ import torch
 
 from demo_model import provide
 from demo_model.agreement import drawn_region, edge_f1, iou
-from demo_model.control import PLACE
 from demo_model.world import SIZE
 
 SAMPLER = {"steps": 12, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
@@ -52,7 +51,7 @@ class Demonstration:
         controlnext = self.run("ControlNeXtLoader", controlnext_name=file, variant="auto")
         image = torch.from_numpy(controls).float()[..., None].expand(-1, -1, -1, 3)
         return self.run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=strength,
-                        start_percent=0.0, end_percent=1.0, inject_at=PLACE)
+                        start_percent=0.0, end_percent=1.0)
 
     def styled(self):
         """The MODEL with the style LoRA."""

@@ -53,13 +53,13 @@ def make(comfyui: Path, models: Path) -> None:
             shutil.copyfile(source(name), place)
 
 
-def checkpoint() -> dict:
+def checkpoint(file: Path = WEIGHTS / CHECKPOINT) -> dict:
     """The tensors of the checkpoint, float16, by the names of an SD1.5 checkpoint."""
     from safetensors.torch import load_file
 
     from demo_model.autoencoder import widened
     from demo_model.text import text_encoder_weights
-    tensors = load_file(source(CHECKPOINT))
+    tensors = load_file(file)
     vae = {VAE + name: tensor for name, tensor in widened(part(tensors, VAE)).items()}
     return tensors | vae | text_encoder_weights()
 

@@ -98,7 +98,7 @@ class ControlNeXtTrain(io.ComfyNode):
                 io.String.Input("unet_pattern", default="", optional=True, advanced=True,
                                 tooltip="Which UNet weights to train: a regular expression found in their diffusers "
                                         "names. Empty is the reference's: to_out, on SDXL attn2.*to_out."),
-                io.Float.Input("min_snr_gamma", default=0.0, min=0.0, max=1000.0, step=0.1, round=False, optional=True,
+                io.Float.Input("min_snr_gamma", default=0.0, min=0.0, max=1000.0, step=0.01, round=False, optional=True,
                                advanced=True,
                                tooltip="Min-SNR weighting: samples of little noise count no more than this. 5 is "
                                        "usual, less is for coarse structure. 0 is off, the reference's loss."),

@@ -77,7 +77,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def main_job(checkpoint: str, controlnext: str, image: str, *, size: tuple[int, int], steps: int, prompt: str = "",
              negative: str = "", cfg: float = 7.0, seed: int = 0, strength: float = 1.0,
-             unet_weights: str | None = None, inject_at: str = "auto") -> dict:
+             unet_weights: str | None = None) -> dict:
     """The graph of the main job in ComfyUI's API format: files by the names in its lists, `size` as (width, height)."""
     width, height = size
 
@@ -91,7 +91,7 @@ def main_job(checkpoint: str, controlnext: str, image: str, *, size: tuple[int, 
         "edges": node("ControlNeXtCanny", image=["photo", 0], threshold="auto", low_threshold=100, high_threshold=200),
         "show_edges": node("PreviewImage", images=["edges", 0]),
         "apply": node("ControlNeXtApply", model=["checkpoint", 0], controlnext=["controlnext", 0], image=["edges", 0],
-                      strength=strength, start_percent=0.0, end_percent=1.0, inject_at=inject_at),
+                      strength=strength, start_percent=0.0, end_percent=1.0),
         "positive": node("CLIPTextEncode", clip=["checkpoint", 1], text=prompt),
         "negative": node("CLIPTextEncode", clip=["checkpoint", 1], text=negative),
         "latent": node("EmptyLatentImage", width=width, height=height, batch_size=1),
@@ -153,12 +153,10 @@ def files_for_job(options: argparse.Namespace, models: Path) -> dict[str, str | 
                 "controlnext": put_weights(options.controlnext, models / "controlnext"),
                 "unet_weights": options.unet_weights and put_weights(options.unet_weights, models / "controlnext")}
     from demo_model import provide
-    from demo_model.control import PLACE
     print("Without --checkpoint and --controlnext the project's own small model draws. It knows drawings of animals, "
           "food and things at 96x96 pixels.", flush=True)
     provide.provide(options.comfyui, models)
-    return {"checkpoint": provide.CHECKPOINT, "controlnext": provide.CANNY, "unet_weights": provide.CANNY_UNET,
-            "inject_at": PLACE}
+    return {"checkpoint": provide.CHECKPOINT, "controlnext": provide.CANNY, "unet_weights": provide.CANNY_UNET}
 
 
 def prepare_job(options: argparse.Namespace, base: Path) -> tuple[dict, Path]:

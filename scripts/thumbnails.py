@@ -106,7 +106,6 @@ def skip(prompt: dict, node: str, name: str) -> None:
 def on_small_model(prompt: dict, options: argparse.Namespace, files: list[str], texts: list[str]) -> dict:
     """The API graph of a workflow on the small model: a file for each picture to load, a text for each prompt."""
     from demo_model import provide
-    from demo_model.control import PLACE
     width, height = demo.OWN["size"]
     count, files, texts = len(files), itertools.cycle(files), itertools.cycle(texts)
     sampling = {"steps": options.steps, "cfg": options.cfg, "seed": options.seed}
@@ -125,10 +124,7 @@ def on_small_model(prompt: dict, options: argparse.Namespace, files: list[str], 
             inputs["controlnext_name"] = provide.CANNY if "canny" in inputs["controlnext_name"] else provide.MASK
         elif kind == "ControlNeXtUNetLoader":
             inputs["unet_name"] = provide.CANNY_UNET if "canny" in inputs["unet_name"] else provide.MASK_UNET
-        elif kind == "ControlNeXtToControlNet":
-            inputs["inject_at"] = PLACE
         elif kind == "ControlNeXtApply":
-            inputs["inject_at"] = PLACE
             # the released mask control has none, ours does
             if not kinds & {"ControlNeXtUNetLoader", "ControlNeXtTrain"}:
                 prompt["unet_weights"] = {"class_type": "ControlNeXtUNetLoader", "inputs": {

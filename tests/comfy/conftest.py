@@ -53,7 +53,7 @@ def run(comfy_nodes):
             function = getattr(cls, cls.FUNCTION) if hasattr(cls, "GET_SCHEMA") else getattr(cls(), cls.FUNCTION)
             outputs = function(**inputs)
         outputs = getattr(outputs, "result", outputs)
-        return outputs[0] if len(outputs) == 1 else outputs
+        return outputs[0] if len(outputs or ()) == 1 else outputs
     return run_node
 
 
