@@ -36,12 +36,12 @@ class ControlNeXtControl(ControlNet):
         self.upscale_algorithm = RESIZING
         self.extra_hooks = HookGroup()
         self.extra_hooks.add(NOTING_CONDS)
-        self._base_model = self._settled = None
+        self._dtype = self._settled = None
         self._asked = self._control = None
 
     def pre_run(self, model, percent_to_timestep_function):
         super().pre_run(model, percent_to_timestep_function)
-        self._base_model = model
+        self._dtype = model.get_dtype_inference()
         self._settled = settle(model, self.controlnext, self.inject_at, self.apply_to)
         self.controlnext.loaded.end_run()  # of a run that was interrupted
 
@@ -49,7 +49,7 @@ class ControlNeXtControl(ControlNet):
         previous = None
         if self.previous_controlnet is not None:
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
-        forward = describe(self._base_model, x_noisy, t, transformer_options)
+        forward = describe(self.model_sampling_current, self._dtype, x_noisy, t, transformer_options)
         pixels = tuple(side * self.compression_ratio for side in forward.size)
         if self.cond_hint is not None and tuple(self.cond_hint.shape[-2:]) == pixels:
             halves = tuple(replace(half, area=None) for half in forward.halves)
@@ -71,7 +71,7 @@ class ControlNeXtControl(ControlNet):
 
     def cleanup(self):
         super().cleanup()
-        self._base_model = self._settled = self._asked = self._control = None
+        self._dtype = self._settled = self._asked = self._control = None
         self.controlnext.loaded.end_run()
 
     def copy(self):

@@ -118,7 +118,8 @@ def _clamped(area, latent: tuple[int, ...]) -> tuple[int, int, int, int] | None:
 def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
     """APPLY_MODEL wrapper: compute what every control adds in this forward, before and outside the UNet."""
     transformer_options = transformer_options or {}
-    forward = describe(executor.class_obj, x, t, transformer_options)
+    base_model = executor.class_obj
+    forward = describe(base_model.model_sampling, base_model.get_dtype_inference(), x, t, transformer_options)
     ready = {}
     for injection in _injections(transformer_options):
         controls = [prepared for prepared in (one(forward) for one in injection.controls) if prepared is not None]
@@ -130,8 +131,13 @@ def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
-def describe(base_model, x, t, options: dict) -> Forward:
-    """The Forward of one APPLY_MODEL call of ``base_model`` on the latents ``x`` (B, C, H, W) at sigmas ``t`` (B,)."""
+def describe(sampling, dtype, x, t, options: dict) -> Forward:
+    """The Forward of one APPLY_MODEL call on the latents ``x`` (B, C, H, W) at sigmas ``t`` (B,).
+
+    Args:
+        sampling: the MODEL's model_sampling.
+        dtype: of its features.
+    """
     size = tuple(x.shape[-2:])
     indices = options.get("cond_or_uncond") or [0]
     conds, latent, samples = options.get(CONDS_KEY, ({}, size, 0))
@@ -144,9 +150,9 @@ def describe(base_model, x, t, options: dict) -> Forward:
     # more rows than there are in the whole batch are those of several tiles, all halves of a tile together
     frames, total = _frames(rows if not samples or rows % samples else samples, options)
     halves *= rows // len(frames)
-    timesteps = base_model.model_sampling.timestep(t[:len(frames)]).float()
-    return Forward(float(t[0]), tuple(timesteps.tolist()), halves, latent, size, frames, total,
-                   base_model.get_dtype_inference(), x.device)
+    timesteps = sampling.timestep(t[:len(frames)]).float()
+    return Forward(float(t[0]), tuple(timesteps.tolist()), halves, latent, size, frames, total, dtype,
+                   x.device)
 
 
 def _frames(samples: int, options: dict) -> tuple[tuple[int, ...], int]:
