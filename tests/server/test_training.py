@@ -30,8 +30,9 @@ def test_an_interrupted_training_is_listed_and_goes_on_to_a_saved_model(url, bas
     at = int(kept.stem.rsplit("_", 1)[1])
     shown = comfy_client.run_graph(url, graph(steps=at + 2, resume_from=kept.name))
     assert shown["graph"]["images"]
-    assert shown["save"]["text"][0].endswith("server_00001_: controlnet.safetensors (52 tensors)")
-    assert (base / "output" / "controlnext" / "server_00001_" / "controlnet.safetensors").is_file()
+    folder, files = shown["save"]["text"][0].split(": ")
+    assert files == "controlnet.safetensors (52 tensors)"
+    assert (base / "output" / folder / "controlnet.safetensors").is_file()
 
 
 def test_the_training_workflow_trains_saves_and_draws_with_and_without_control(url, base, comfyui):
