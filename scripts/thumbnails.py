@@ -207,13 +207,18 @@ def poses(columns: int, rows: int):
 
 
 def prompts(url: str) -> dict[str, dict]:
-    """{workflow: its API graph, as the frontend makes it of the file}."""
+    """{workflow: its API graph, as the frontend makes it of the file}, of those whose nodes ComfyUI has."""
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         page = pictures.open_page(playwright, url)
+        known = set(page.evaluate("() => Object.keys(LiteGraph.registered_node_types)"))
         graphs = {}
         for workflow in [*DRAWINGS, *SHEETS]:
             graph = json.loads((EXAMPLES / f"{workflow}.json").read_text(encoding="utf-8"))
+            missing = {node["type"] for node in graph["nodes"]} - known
+            if missing:
+                print(f"{workflow}: its thumbnail stays as it is, for want of {', '.join(missing)}", flush=True)
+                continue
             page.evaluate("async graph => app.loadGraphData(graph)", graph)
             graphs[workflow] = page.evaluate("async () => (await app.graphToPrompt()).output")
         return graphs
@@ -231,12 +236,7 @@ def run(options: argparse.Namespace) -> None:
                  base / "input")
     device = ("--cpu",) if demo.needs_cpu_option() else ()
     with comfy_client.running_server(options.comfyui, base, options=device) as url:
-        known = comfy_client.get_json(f"{url}/object_info")
         for workflow, prompt in prompts(url).items():
-            missing = {values["class_type"] for values in prompt.values()} - set(known)
-            if missing:
-                print(f"{workflow}: its thumbnail stays as it is, for want of {', '.join(missing)}", flush=True)
-                continue
             if workflow in SHEETS:
                 files, texts = [put_sheet(SHEETS[workflow], base / "input")], [""]
             else:
