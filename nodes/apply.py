@@ -3,11 +3,10 @@
 import torch
 from comfy_api.latest import io
 
-from .base import settle
+from .base import apply_to_input, inject_at_input, settle
 from .control import Control, control_image
 from .injection import add_control
 from .model import ControlNeXt, ControlNeXtType
-from .places import PLACES
 from .preview import show_strength
 from .strength_over_time import CurveInput, StrengthOverTime
 
@@ -35,12 +34,8 @@ class ControlNeXtApply(io.ComfyNode):
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
                                tooltip="When control ends: 1 keeps it to the last step."),
                 io.Mask.Input("mask", optional=True, tooltip="Where control acts: white fully, black not at all."),
-                io.Combo.Input("inject_at", options=["auto", *PLACES], default="auto", optional=True, advanced=True,
-                               tooltip="Where control enters the UNet. auto is where the model was trained to enter."),
-                io.Combo.Input("apply_to", options=["auto", "both", "positive"], default="auto", optional=True,
-                               advanced=True,
-                               tooltip="Which guidance halves are controlled. auto is how the model was trained; "
-                                       "positive leaves the negative half alone, which makes control stronger."),
+                inject_at_input(),
+                apply_to_input(),
                 io.Combo.Input("window_reference", options=["auto", "on", "off"], default="auto", optional=True,
                                advanced=True,
                                tooltip="Long videos in context windows: lets the first control image, the pose of the "

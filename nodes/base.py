@@ -2,10 +2,27 @@
 
 import comfy.model_base
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy_api.latest import io
 
 from ..controlnext_core.families import Family, resolve
 from .model import ControlNeXt
-from .places import Place, places_of
+from .places import PLACES, Place, places_of
+
+WHERE = "Where control enters the UNet. auto is where the model was trained to enter."
+
+
+def inject_at_input(tooltip: str = WHERE) -> io.Input:
+    """What ``settle`` takes as ``inject_at``."""
+    return io.Combo.Input("inject_at", options=["auto", *PLACES], default="auto", optional=True, advanced=True,
+                          tooltip=tooltip)
+
+
+def apply_to_input(whose: str = "") -> io.Input:
+    """What ``settle`` takes as ``apply_to``."""
+    return io.Combo.Input(
+        "apply_to", options=["auto", "both", "positive"], default="auto", optional=True, advanced=True,
+        tooltip=f"Which guidance halves are controlled{whose}. auto is how the model was trained; positive leaves the "
+                "negative half alone, which makes control stronger.")
 
 
 def base_of_model(base_model) -> str:

@@ -75,14 +75,10 @@ class ControlNeXtControl(ControlNet):
         self.controlnext.loaded.end_run()
 
     def copy(self):
-        copy = ControlNeXtControl(self.controlnext, self.inject_at, self.apply_to)
-        self.copy_to(copy)
-        return copy
+        return self._copy_with(self.controlnext)
 
     def deepclone_multigpu(self, load_device, autoregister=False):
-        loaded = self.controlnext.loaded.on_device(load_device)
-        copy = ControlNeXtControl(replace(self.controlnext, loaded=loaded), self.inject_at, self.apply_to)
-        self.copy_to(copy)
+        copy = self._copy_with(replace(self.controlnext, loaded=self.controlnext.loaded.on_device(load_device)))
         if autoregister:
             self.multigpu_clones[load_device] = copy
         return copy
@@ -90,6 +86,11 @@ class ControlNeXtControl(ControlNet):
     def get_extra_hooks(self):
         # ComfyUI gives up dynamic loading for hooks; the one that only notes needs that as little as a patch does
         return [hooks for hooks in super().get_extra_hooks() if hooks.hooks != [NOTING_CONDS]]
+
+    def _copy_with(self, controlnext: ControlNeXt) -> "ControlNeXtControl":
+        copy = ControlNeXtControl(controlnext, self.inject_at, self.apply_to)
+        self.copy_to(copy)
+        return copy
 
     def _depth(self) -> int:
         """Number of ControlNets before this one."""

@@ -151,8 +151,7 @@ def describe(sampling, dtype, x, t, options: dict) -> Forward:
     frames, total = _frames(rows if not samples or rows % samples else samples, options)
     halves *= rows // len(frames)
     timesteps = sampling.timestep(t[:len(frames)]).float()
-    return Forward(float(t[0]), tuple(timesteps.tolist()), halves, latent, size, frames, total, dtype,
-                   x.device)
+    return Forward(float(t[0]), tuple(timesteps.tolist()), halves, latent, size, frames, total, dtype, x.device)
 
 
 def _frames(samples: int, options: dict) -> tuple[tuple[int, ...], int]:

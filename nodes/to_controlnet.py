@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
+from .base import apply_to_input, inject_at_input
 from .controlnet import ControlNeXtControl
 from .model import ControlNeXt, ControlNeXtType
-from .places import PLACES
 
 
 class ControlNeXtToControlNet(io.ComfyNode):
@@ -20,13 +20,8 @@ class ControlNeXtToControlNet(io.ComfyNode):
                             "convert controlnext"],
             inputs=[
                 ControlNeXtType.Input("controlnext", tooltip="From Load ControlNeXt Model."),
-                io.Combo.Input("inject_at", options=["auto", *PLACES], default="auto", optional=True, advanced=True,
-                               tooltip="Where control enters the UNet. auto is where the model was trained to enter."),
-                io.Combo.Input("apply_to", options=["auto", "both", "positive"], default="auto", optional=True,
-                               advanced=True,
-                               tooltip="Which guidance halves are controlled, of the conditionings that it is applied "
-                                       "to. auto is how the model was trained; positive leaves the negative half "
-                                       "alone, which makes control stronger."),
+                inject_at_input(),
+                apply_to_input(", of the conditionings that it is applied to"),
             ],
             outputs=[io.ControlNet.Output(display_name="control_net", tooltip="For Apply ControlNet.")],
         )

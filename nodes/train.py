@@ -18,10 +18,10 @@ from ..controlnext_core.families import BASE_NAMES, resolve
 from ..controlnext_core.training import UNET_PATTERNS, Training, new_module, select_weights, with_scale
 from ..controlnext_core.unet_keys import diffusers_to_ldm
 from ..controlnext_core.unet_weights import read
-from .base import base_of_model, family_of
+from .base import base_of_model, family_of, inject_at_input
 from .files import fingerprint, write_whole
 from .model import ControlNeXt, ControlNeXtType, trained_controlnext
-from .places import PLACES, places_of
+from .places import places_of
 from .preview import send_text, show_text
 from .training_data import Samples
 from .training_run import Run, TrainingControl, trainable_clone
@@ -107,9 +107,8 @@ class ControlNeXtTrain(io.ComfyNode):
                 io.Int.Input("grad_accumulation_steps", default=1, min=1, max=1024, optional=True, advanced=True,
                              tooltip="Batches in a step: learns as from a batch so many times as large, in the memory "
                                      "of one and so many times the time."),
-                io.Combo.Input("inject_at", options=["auto", *PLACES], default="auto", optional=True, advanced=True,
-                               tooltip="Where control enters the UNet. auto is where the connected CONTROLNEXT or the "
-                                       "kept training does, and the reference's place for a new one."),
+                inject_at_input("Where control enters the UNet. auto is where the connected CONTROLNEXT or the kept "
+                                "training does, and the reference's place for a new one."),
             ],
             outputs=[
                 ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt and Save ControlNeXt "

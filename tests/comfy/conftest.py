@@ -115,3 +115,15 @@ def hang(run):
         return run("ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=control_net,
                    image=image, strength=strength, start_percent=start_percent, end_percent=end_percent)
     return hang_node
+
+
+@pytest.fixture
+def module_runs(monkeypatch):
+    """module_runs(controlnext): lists that grow with every run of its image part (by the image) and timestep part."""
+    def count(controlnext) -> tuple[list, list]:
+        module, images, timesteps = controlnext.patcher.model, [], []
+        image_part, timestep_part = module.image_part, module.timestep_part
+        monkeypatch.setattr(module, "image_part", lambda image, *args: images.append(image) or image_part(image, *args))
+        monkeypatch.setattr(module, "timestep_part", lambda *args: timesteps.append(1) or timestep_part(*args))
+        return images, timesteps
+    return count

@@ -2,8 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import comfy.cldm.cldm
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.supported_models
 import torch
 
@@ -75,3 +77,13 @@ def small_unets(dtype=torch.float32) -> dict:
     unets = {base: small_unet(base, dtype) for base in ("sd15", "sdxl", "svd")}
     unets |= {f"{base}_mid": small_unet(base, dtype, **WIDE) for base in ("sd15", "svd")}
     return unets | {"svd_padded": unets["svd"]}
+
+
+def stock_controlnet(model) -> dict[str, torch.Tensor]:
+    """A state dict of ComfyUI's own ControlNet for a MODEL's UNet, with seeded random weights."""
+    config = {key: value for key, value in model.model.model_config.unet_config.items()
+              if key not in ("out_channels", "transformer_depth_output", "dtype")}
+    net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, **config)
+    generator = torch.Generator().manual_seed(6)
+    return {key: 0.5 * torch.randn(value.shape, generator=generator) / max(value[0].numel(), 100) ** 0.5
+            for key, value in net.state_dict().items()}

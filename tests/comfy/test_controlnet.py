@@ -1,13 +1,10 @@
 """ControlNeXt to ControlNet: control hung on conditionings with ComfyUI's own nodes, beside Apply ControlNeXt's."""
 
 import comfy.controlnet
-import comfy.ldm.modules.diffusionmodules.openaimodel
-import comfy.model_management
-import comfy.ops
 import comfy.sampler_helpers
-import comfy.utils
 import pytest
 import torch
+from models import stock_controlnet
 from safetensors.torch import save_file
 from sampling import FAMILIES, cond, conds, latent, picture, relative, sample
 
@@ -35,26 +32,16 @@ def control_net(run, controlnexts):
 @pytest.fixture(scope="module")
 def stock(run, unets, models_folder):
     """A ControlNet of ComfyUI's with random weights, loaded by its loader."""
-    config = {key: value for key, value in unets["sd15"].model.model_config.unet_config.items()
-              if key not in ("out_channels", "transformer_depth_output", "dtype")}
-    net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, **config)
-    generator = torch.Generator().manual_seed(6)
-    save_file({key: 0.5 * torch.randn(value.shape, generator=generator) / max(value[0].numel(), 100) ** 0.5
-               for key, value in net.state_dict().items()}, models_folder / "controlnet" / "stock.safetensors")
+    save_file(stock_controlnet(unets["sd15"]), models_folder / "controlnet" / "stock.safetensors")
     return run("ControlNetLoader", control_net_name="stock.safetensors")
 
 
 @pytest.fixture
-def module_calls(controlnexts, monkeypatch):
+def module_calls(controlnexts, module_runs):
     """(images, runs): what the module of sd15 was run on since the test began, its caches empty."""
-    loaded = controlnexts["sd15"].loaded
-    images, timesteps, module = [], [], loaded.patcher.model
-    image_part, timestep_part = module.image_part, module.timestep_part
-    monkeypatch.setattr(module, "image_part", lambda image, *args: images.append(image) or image_part(image, *args))
-    monkeypatch.setattr(module, "timestep_part", lambda *args: timesteps.append(1) or timestep_part(*args))
-    loaded.features.clear()
-    loaded.image_parts.clear()
-    return images, timesteps
+    controlnexts["sd15"].loaded.features.clear()
+    controlnexts["sd15"].loaded.image_parts.clear()
+    return module_runs(controlnexts["sd15"])
 
 
 def area(run, conditioning, width, height, x, y):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from models import small_unet
 from safetensors.torch import save_file
-from sampling import cond, sample
+from sampling import cond, picture, sample
 
 FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "svd": "svd"}
 MB = 1024 ** 2
@@ -41,33 +41,9 @@ def controlnexts(load):
     return {family: load(family, family) for family in FAMILIES}
 
 
-@pytest.fixture(scope="module")
-def apply(run):
-    def apply_node(model, controlnext, image, strength=1.0, **optional):
-        return run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=strength,
-                   start_percent=0.0, end_percent=1.0, **optional)
-    return apply_node
-
-
-@pytest.fixture
-def module_runs(monkeypatch):
-    """module_runs(controlnext): lists that grow with every run of its image part and of its timestep part."""
-    def count(controlnext) -> tuple[list, list]:
-        module, images, timesteps = controlnext.patcher.model, [], []
-        image_part, timestep_part = module.image_part, module.timestep_part
-        monkeypatch.setattr(module, "image_part", lambda *args: images.append(1) or image_part(*args))
-        monkeypatch.setattr(module, "timestep_part", lambda *args: timesteps.append(1) or timestep_part(*args))
-        return images, timesteps
-    return count
-
-
 @pytest.fixture
 def cache_of(pack):
     return pack("nodes.feature_cache").FeatureCache
-
-
-def picture(seed: int = 0, count: int = 1, height: int = 64, width: int = 64) -> torch.Tensor:
-    return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed))
 
 
 def conds(model, seed: int = 0):

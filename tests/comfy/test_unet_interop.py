@@ -8,14 +8,12 @@ import gc
 import os
 from pathlib import Path
 
-import comfy.cldm.cldm
-import comfy.ops
 import folder_paths
 import pytest
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample
-from models import golden_unet, small_unet
+from models import golden_unet, small_unet, stock_controlnet
 from safetensors.torch import save_file
 from sampling import cond, sample
 from test_unet_loader import differences, full, original, save_lora
@@ -192,13 +190,7 @@ def test_merging_the_controlled_model_keeps_control_and_blends_weights(run, unet
 
 
 def test_a_stock_controlnet_on_the_same_sampling(run, unet, baked, with_weights, with_control, models_folder, image):
-    config = {key: value for key, value in unet.model.model_config.unet_config.items()
-              if key not in ("out_channels", "transformer_depth_output", "dtype")}
-    controlnet = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, **config)
-    generator = torch.Generator().manual_seed(6)
-    state = {key: 0.5 * torch.randn(value.shape, generator=generator) / max(value[0].numel(), 100) ** 0.5
-             for key, value in controlnet.state_dict().items()}
-    save_file(state, models_folder / "controlnet" / "stock.safetensors")
+    save_file(stock_controlnet(unet), models_folder / "controlnet" / "stock.safetensors")
     stock = run("ControlNetLoader", control_net_name="stock.safetensors")
 
     def conds(model):

@@ -47,14 +47,6 @@ def controlnexts(run, goldens, models_folder):
 
 
 @pytest.fixture(scope="module")
-def apply(run):
-    def apply_node(model, controlnext, image, **optional):
-        return run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=1.0,
-                   start_percent=0.0, end_percent=1.0, **optional)
-    return apply_node
-
-
-@pytest.fixture(scope="module")
 def windows(run, comfy_nodes):
     """windows(model, causal): the stock node's windows over the frames, with its causal fix or without; None: none."""
     has_causal_fix = "causal_window_fix" in inspect.signature(comfy_nodes["ContextWindowsManual"].execute).parameters
