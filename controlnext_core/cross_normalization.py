@@ -64,3 +64,9 @@ def add_controls(h: torch.Tensor, controls: list[tuple[torch.Tensor, torch.Tenso
         # h first: it hands its memory format on, and with it the bits of the untouched samples
         out = torch.addcmul(out, features, std * weight).add_(mean * weight)
     return out.flatten(0, 1)
+
+
+def add_to_tokens(tokens: torch.Tensor, controls: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """``add_controls`` for the tokens of a picture, row by row, (B, H * W, C); H and W are those of the features."""
+    h = tokens.transpose(1, 2).unflatten(2, controls[0][0].shape[-2:])
+    return add_controls(h, controls).flatten(2).transpose(1, 2)

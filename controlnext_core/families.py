@@ -1,4 +1,4 @@
-"""The six released ControlNeXt families: the one table that says how they differ.
+"""The ControlNeXt families, six of them released: the one table that says how they differ.
 
 Everything else asks the table and never compares family names.
 """
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-BASE_NAMES = {"sd15": "SD1.5", "sdxl": "SDXL", "svd": "SVD"}
+BASE_NAMES = {"sd15": "SD1.5", "sdxl": "SDXL", "svd": "SVD", "sd3": "SD3"}
 
 
 def _as_is(scale: float) -> float:
@@ -24,14 +24,14 @@ def _sigmoid(scale: float) -> float:
 
 @dataclass(frozen=True)
 class Family:
-    """How one released family computes its features and adds them to the UNet.
+    """How one family computes its features and adds them to the denoiser.
 
     Attributes:
         name: the name people choose in the loader.
-        base: the UNet that it steers, a key of ``BASE_NAMES``.
+        base: the denoiser that it steers, a key of ``BASE_NAMES``.
         layout: the state dict layout (see ``layouts``) that its files have.
-        place: where the features enter the UNet.
-        pool_first: pool the features to the UNet's size before normalizing them, not after.
+        place: where the features enter the denoiser.
+        pool_first: pool the features to the denoiser's size before normalizing them, not after.
         eps: added to the standard deviation of the features.
         gain: learned ``scale`` -> multiplier of the conditional half.
         zero_negative_scale: the reference sets ``scale`` to 0 for the unconditional half.
@@ -70,19 +70,21 @@ FAMILIES = {
                gain=_fifth, zero_negative_scale=True, window_reference=True),
         Family("svd_mid", "svd", "video_mid", "before_middle", pool_first=False, eps=1e-5,
                gain=_sigmoid, zero_negative_scale=True, stem_padding=0, stem_pool=True),
+        # never released: of this project. Pooled first, its deviation is that of the tokens whatever the image
+        Family("sd3", "sd3", "light", "tokens", pool_first=True, eps=1e-12),
     )
 }
 
 
 def families_of(layout: str) -> list[Family]:
-    """Families whose files have this state dict layout, in the table's order. ``light`` files leave four."""
+    """Families whose files have this state dict layout, in the table's order. ``light`` files leave five."""
     return [family for family in FAMILIES.values() if family.layout == layout]
 
 
 def resolve(layout: str, variant: str, base: str) -> Family:
-    """The family of a file with ``layout``, loaded as ``variant``, for a UNet of kind ``base``.
+    """The family of a file with ``layout``, loaded as ``variant``, for a denoiser of kind ``base``.
 
-    ``auto`` takes the first family of the table that has the file's layout and the UNet's base.
+    ``auto`` takes the first family of the table that has the file's layout and the denoiser's base.
 
     Raises:
         ValueError: no family has this layout and base, or the named variant is for another base.

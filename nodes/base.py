@@ -1,14 +1,24 @@
 """What a ControlNeXt is for a connected MODEL: its family, place and gains, or one sentence on why it does not fit."""
 
 import comfy.model_base
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_api.latest import io
 
-from ..controlnext_core.families import Family, resolve
+from ..controlnext_core.families import BASE_NAMES, Family, resolve
 from .model import ControlNeXt
-from .places import PLACES, Place, places_of
+from .places import PLACES, Place, either, places_of
 
-WHERE = "Where control enters the UNet. auto is where the model was trained to enter."
+# ComfyUI's classes of the denoiser and of the model around it -> base; the first row that fits speaks
+BASES = (
+    (UNetModel, comfy.model_base.SVD_img2vid, "svd"),
+    (UNetModel, comfy.model_base.SDXL, "sdxl"),
+    (UNetModel, comfy.model_base.BaseModel, "sd15"),
+    (MMDiT, comfy.model_base.SD3, "sd3"),
+)
+
+WHERE = ("Where control enters the UNet, or the tokens of a transformer such as SD3: at once or after a block. auto is "
+         "where the model was trained to enter.")
 
 
 def inject_at_input(tooltip: str = WHERE) -> io.Input:
@@ -26,17 +36,17 @@ def apply_to_input(whose: str = "") -> io.Input:
 
 
 def base_of_model(base_model) -> str:
-    """The base (a key of ``BASE_NAMES``) of a MODEL. ValueError: no UNet."""
-    if not isinstance(base_model.diffusion_model, UNetModel):
-        raise ValueError(f"model: ControlNeXt steers SD1.5, SDXL and SVD models; the connected MODEL is a "
-                         f"{type(base_model).__name__}, which is not supported yet.")
-    if isinstance(base_model, comfy.model_base.SVD_img2vid):
-        return "svd"
-    return "sdxl" if isinstance(base_model, comfy.model_base.SDXL) else "sd15"
+    """The base (a key of ``BASE_NAMES``) of a MODEL. ValueError: it has none."""
+    for denoiser, model, base in BASES:
+        if isinstance(base_model.diffusion_model, denoiser) and isinstance(base_model, model):
+            return base
+    *names, last = BASE_NAMES.values()
+    raise ValueError(f"model: ControlNeXt steers {', '.join(names)} and {last} models; the connected MODEL is a "
+                     f"{type(base_model).__name__}, which is not supported yet.")
 
 
 def family_of(base_model, controlnext: ControlNeXt) -> Family:
-    """The file's family for this MODEL. ValueError: no UNet, or a UNet of another base."""
+    """The file's family for this MODEL. ValueError: a MODEL of no base, or of another one."""
     return resolve(controlnext.loaded.checkpoint.layout, controlnext.variant, base_of_model(base_model))
 
 
@@ -62,7 +72,7 @@ def _place(base_model, controlnext: ControlNeXt, name: str) -> Place:
     if name in fitting:
         return places[name]
     found = f"is {places[name].channels} channels wide there" if name in places else "has no such place"
-    advice = (f"set inject_at to {' or '.join(fitting)}" if fitting
+    advice = (f"set inject_at to {either(fitting)}" if fitting
               else "none of its places fits, so choose a ControlNeXt file made for this MODEL")
     raise ValueError(f"inject_at: {controlnext.name} gives {channels} channels and should enter at {name}, but the "
                      f"connected MODEL {found}; {advice}.")

@@ -1,15 +1,17 @@
-"""How control gets into ComfyUI's UNet: patches that add, and wrappers that prepare what they add.
+"""How control gets into ComfyUI's denoisers: patches that add, and wrappers that prepare what they add.
 
 A patch object at each place adds what transformer_options hold ready for it. For every forward, ``run_controls`` (of
 controls that sit in the MODEL) and ``serve`` (of controls that hang on a conditioning) have the modules run outside the
-(perhaps compiled) UNet and hand the result over.
+(perhaps compiled) denoiser and hand the result over.
 """
+
+from collections.abc import Callable
 
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..controlnext_core.cross_normalization import add_controls
+from ..controlnext_core.cross_normalization import add_controls, add_to_tokens
 from .control import Control, Forward, Half
-from .places import INPUT_SLOT, MIDDLE_SLOT, Place
+from .places import INPUT_SLOT, MIDDLE_SLOT, TOKEN_SLOT, Place
 
 KEY = "controlnext"
 CONDS_KEY = "controlnext_conds"
@@ -33,7 +35,7 @@ class Injection:
             h, rest, options = args[0]["h"], None, args[0]["transformer_options"]
         else:  # (h, options) after an input block, (h, skip, options) before an output block
             h, *rest, options = args
-        ready = [one for places in options.get(KEY, {}).values() for one in places.get(self.place, ())]
+        ready = _ready(options, self.place)
         if ready and options["block"] == self.place.block:
             h = add_controls(h, ready)
         if rest is None:
@@ -45,6 +47,29 @@ class Injection:
 
     def models(self):
         return list(dict.fromkeys(control.patcher for control in self.controls))
+
+
+class BeforeBlock:
+    """A replacement of a transformer's block in ComfyUI's own protocol, which adds control to what the block gets.
+
+    Args:
+        replacement: what would be called in its place, None for the block itself.
+    """
+
+    def __init__(self, place: Place, replacement: Callable | None):
+        self.place = place
+        self.replacement = replacement
+
+    def __call__(self, args: dict, extra: dict) -> dict:
+        ready = _ready(args["transformer_options"], self.place)
+        if ready:
+            args = {**args, "img": add_to_tokens(args["img"], ready)}
+        return extra["original_block"](args) if self.replacement is None else self.replacement(args, extra)
+
+
+def _ready(options: dict, place: Place) -> list[tuple]:
+    """What all controls of one place add in this forward."""
+    return [one for places in options.get(KEY, {}).values() for one in places.get(place, ())]
 
 
 def add_control(model, control: Control):
@@ -72,6 +97,7 @@ def serve(options: dict, source: int, control: Control, forward: Forward) -> Non
     options[KEY] = {**options.get(KEY, {}), source: {} if prepared is None else {control.place: [prepared]}}
     if _injection_at(options, control.place) is None:
         _put_injection(options, Injection(control.place))
+    _enter_blocks(options)
 
 
 def _injection_at(options: dict, place: Place) -> Injection | None:
@@ -86,6 +112,21 @@ def _put_injection(options: dict, injection: Injection) -> None:
     options["patches"] = {**patches, slot: [*others, injection]}
 
 
+def _enter_blocks(options: dict) -> None:
+    """Put the injections of TOKEN_SLOT before the blocks of a transformer.
+
+    A block has one replacement. Only in a forward are those of all others known, which are called and not dropped.
+    """
+    places = [injection.place for injection in options.get("patches", {}).get(TOKEN_SLOT, ())]
+    replaced = options.get("patches_replace", {})
+    blocks = dict(replaced.get("dit", {}))
+    for place in places:
+        if not isinstance(blocks.get(place.block), BeforeBlock):
+            blocks[place.block] = BeforeBlock(place, blocks.get(place.block))
+    if places:
+        options["patches_replace"] = {**replaced, "dit": blocks}
+
+
 def end_run(model):
     """ON_CLEANUP callback, after every sampling, also one that was interrupted."""
     for injection in _injections(model.model_options["transformer_options"]):
@@ -94,7 +135,7 @@ def end_run(model):
 
 
 def _injections(options: dict) -> list[Injection]:
-    return [patch for slot in (INPUT_SLOT, MIDDLE_SLOT)
+    return [patch for slot in (INPUT_SLOT, MIDDLE_SLOT, TOKEN_SLOT)
             for patch in options.get("patches", {}).get(slot, ()) if isinstance(patch, Injection)]
 
 
@@ -116,7 +157,7 @@ def _clamped(area, latent: tuple[int, ...]) -> tuple[int, int, int, int] | None:
 
 
 def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
-    """APPLY_MODEL wrapper: compute what every control adds in this forward, before and outside the UNet."""
+    """APPLY_MODEL wrapper: compute what every control adds in this forward, before and outside the denoiser."""
     transformer_options = transformer_options or {}
     base_model = executor.class_obj
     forward = describe(base_model.model_sampling, base_model.get_dtype_inference(), x, t, transformer_options)
@@ -128,6 +169,7 @@ def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     if "num_video_frames" in kwargs:  # SVD's; ComfyUI does not count the frame that its causal window fix adds
         kwargs["num_video_frames"] = len(forward.frames)
     transformer_options = {**transformer_options, KEY: {**transformer_options.get(KEY, {}), "model": ready}}
+    _enter_blocks(transformer_options)
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 

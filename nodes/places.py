@@ -1,9 +1,9 @@
-"""Where control can enter a UNet of ComfyUI, read off the model's own structure."""
+"""Where control can enter a denoiser of ComfyUI, read off the model's own structure."""
 
 from dataclasses import dataclass
 
 import comfy.model_patcher
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 
 INPUT_SLOT = "input_block_patch_after_skip"
 # ComfyUI before 0.18 has no patch after the middle block; the first output block gets the same features next
@@ -12,12 +12,19 @@ MIDDLE_SLOT, MIDDLE_BLOCK = (
     if hasattr(comfy.model_patcher.ModelPatcher, "set_model_middle_block_after_patch")
     else ("output_block_patch", ("output", 0))
 )
-PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle")
+TOKEN_SLOT = "controlnext_tokens"  # of this pack alone: ComfyUI looks after what it holds, and a forward puts it to use
+# what nodes offer: of a transformer the first third of the longest, control that enters later has little left to steer
+PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle",
+          "tokens", *(f"block_{index}" for index in range(12)))
+NAMED = 6  # places in a sentence
 
 
 @dataclass(frozen=True)
 class Place:
-    """One point of a UNet: the slot and block of the patch that reaches it, its width, the latent's halvings there."""
+    """One point of a denoiser: the slot and block of the patch that reaches it, its width, the latent's halvings there.
+
+    In ``TOKEN_SLOT`` it is the point before ``block``, where the picture is tokens, row by row.
+    """
 
     slot: str
     block: tuple[str, int]
@@ -25,8 +32,13 @@ class Place:
     halvings: int
 
 
-def places_of(unet) -> dict[str, Place]:
-    """{name: Place} of a UNetModel with any number of blocks: ``down_i`` follows its i-th Downsample."""
+def places_of(denoiser) -> dict[str, Place]:
+    """{name: Place} of ComfyUI's UNetModel or MMDiT."""
+    return _unet_places(denoiser) if isinstance(denoiser, UNetModel) else _token_places(denoiser)
+
+
+def _unet_places(unet) -> dict[str, Place]:
+    """With any number of blocks: ``down_i`` follows its i-th Downsample."""
     places = {}
     halvings = 0
     for index, block in enumerate(unet.input_blocks):
@@ -39,3 +51,19 @@ def places_of(unet) -> dict[str, Place]:
     places["before_middle"] = Place(INPUT_SLOT, ("input", index), channels, halvings)
     places["middle"] = Place(MIDDLE_SLOT, MIDDLE_BLOCK, channels, halvings)
     return places
+
+
+def _token_places(transformer) -> dict[str, Place]:
+    """``tokens`` follows the patch embedding, ``block_i`` the i-th block; each is the point before the next block.
+
+    So a block serves one place, and nothing enters after the last, where no block would read it.
+    """
+    halvings = transformer.patch_size.bit_length() - 1
+    names = ("tokens", *(f"block_{index}" for index in range(len(transformer.joint_blocks) - 1)))
+    return {name: Place(TOKEN_SLOT, ("double_block", index), transformer.hidden_size, halvings)
+            for index, name in enumerate(names)}
+
+
+def either(names: list[str]) -> str:
+    """Places to choose from, for a sentence: ``a or b``, and of many the first ones."""
+    return " or ".join(names) if len(names) <= NAMED else f"{', '.join(names[:NAMED])} or another block"

@@ -1,4 +1,4 @@
-"""UNets with the goldens' weights, and small ones of the same classes, inside ComfyUI's own model objects."""
+"""UNets with the goldens' weights, and small UNets and SD3s of the same classes, inside ComfyUI's own model objects."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,6 +29,7 @@ UNETS = {
 }
 SMALL = dict(num_res_blocks=[1, 1], channel_mult=[1, 1], transformer_depth=[1, 0],
              transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1)
+SD35_MEDIUM = dict(x_block_self_attn_layers=[0, 1], qk_norm="rms")
 WIDE = dict(channel_mult=[1, 4])  # 1280 channels in the middle, for the families whose control enters there
 
 
@@ -37,7 +38,10 @@ def unet_model(base: str, dtype=torch.float32, **changes) -> comfy.model_patcher
     model_class, config = UNETS[base]
     config = {"image_size": 32, "model_channels": 320, "use_spatial_transformer": True, "dtype": dtype, "legacy": False,
               **config, **changes}
-    model_config = model_class(config)
+    return _patcher(model_class(config), dtype)
+
+
+def _patcher(model_config, dtype) -> comfy.model_patcher.ModelPatcher:
     model_config.set_inference_dtype(dtype, None)
     model = model_config.get_model({})
     return comfy.model_patcher.CoreModelPatcher(model, comfy.model_management.get_torch_device(),
@@ -63,12 +67,34 @@ def golden_unet(goldens, base: str) -> comfy.model_patcher.ModelPatcher:
 
 def small_unet(base: str, dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patcher.ModelPatcher:
     """A UNet of ``base``'s class with few blocks, 320 wide, and seeded random weights, for what needs no golden."""
-    patcher = unet_model(base, dtype, **{**SMALL, **changes})
+    return _filled(unet_model(base, dtype, **{**SMALL, **changes}), seed)
+
+
+def _filled(patcher, seed: int) -> comfy.model_patcher.ModelPatcher:
     generator = torch.Generator().manual_seed(seed)
     for parameter in patcher.model.diffusion_model.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 50.0
         bias = 0.0 if parameter.ndim > 1 else 0.5
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / fan_in ** 0.5 + bias)
+    return patcher
+
+
+def sd3_model(dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL of ComfyUI's class for SD3 with three blocks, 64 times as many wide, its weights not filled."""
+    config = dict(in_channels=16, out_channels=16, patch_size=2, depth=3, input_size=None, adm_in_channels=2048,
+                  num_patches=16 ** 2, pos_embed_max_size=16, pos_embed_scaling_factor=None,
+                  **{"x_block_self_attn_layers": [], "dtype": dtype, **changes})
+    width = 64 * config["depth"]
+    config["context_embedder_config"] = {"target": "torch.nn.Linear",
+                                         "params": {"in_features": 4096, "out_features": width}}
+    return _patcher(comfy.supported_models.SD3(config), dtype)
+
+
+def small_sd3(dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patcher.ModelPatcher:
+    """The same with seeded random weights; ``SD35_MEDIUM`` as changes for the second attention of its blocks."""
+    patcher = _filled(sd3_model(dtype, **changes), seed)
+    transformer = patcher.model.diffusion_model
+    transformer.pos_embed.copy_(torch.randn(transformer.pos_embed.shape, generator=torch.Generator().manual_seed(seed)))
     return patcher
 
 

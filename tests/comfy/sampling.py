@@ -10,14 +10,14 @@ FRAMES = 3
 
 def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = None, **extra) -> list:
     """A CONDITIONING with a seeded random prompt of the model's width."""
-    unet = model.model.diffusion_model
+    config = model.model.model_config.unet_config
+    transformer = "context_embedder_config" in config
     generator = torch.Generator().manual_seed(1000 + seed)
     if context is None:
-        tokens = 1 if model.model.model_config.unet_config.get("use_temporal_attention") else 77
-        width = model.model.model_config.unet_config["context_dim"]
-        context = torch.randn(batch, tokens, width, generator=generator)
-    if unet.num_classes is not None and "pooled_output" not in extra:
-        extra["pooled_output"] = torch.randn(1, 1280, generator=generator)
+        tokens = 1 if config.get("use_temporal_attention") else 77
+        context = torch.randn(batch, tokens, 4096 if transformer else config["context_dim"], generator=generator)
+    if config.get("adm_in_channels") and "pooled_output" not in extra:
+        extra["pooled_output"] = torch.randn(1, 2048 if transformer else 1280, generator=generator)
     return [[context, extra]]
 
 
@@ -55,7 +55,7 @@ def picture(seed: int = 0, count: int = 1, height: int = 64, width: int = 64) ->
 
 
 def latent(base: str, batch: int = 1, height: int = 8, width: int = 8) -> torch.Tensor:
-    return torch.zeros(FRAMES if base == "svd" else batch, 4, height, width)
+    return torch.zeros(FRAMES if base == "svd" else batch, 16 if base == "sd3" else 4, height, width)
 
 
 def conds(model, base: str):

@@ -8,7 +8,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import pytest
 import torch
-from models import WIDE, small_unet
+from models import WIDE, small_sd3, small_unet
 from safetensors.torch import save, save_file
 
 
@@ -214,4 +214,20 @@ def test_a_transformer_model_is_not_supported_yet(apply):
     model = comfy.model_patcher.ModelPatcher(flux.get_model({}), torch.device("cpu"), torch.device("cpu"))
     with pytest.raises(ValueError) as raised:
         apply(model)
-    assert "the connected MODEL is a Flux, which is not supported yet" in one_sentence(raised)
+    assert "SVD and SD3 models; the connected MODEL is a Flux, which is not supported yet" in one_sentence(raised)
+
+
+def test_a_file_for_a_unet_does_not_fit_a_transformer(apply):
+    with pytest.raises(ValueError) as raised:
+        apply(small_sd3())
+    assert ("sd15.safetensors gives 320 channels and should enter at tokens, but the connected MODEL is 192 channels "
+            "wide there; none of its places fits") in one_sentence(raised)
+    with pytest.raises(ValueError) as raised:
+        apply(small_sd3(), variant="sdxl")
+    assert "the ControlNeXt file is sdxl (for SDXL), but the connected MODEL is SD3" in one_sentence(raised)
+
+
+def test_a_transformer_s_file_does_not_fit_a_unet(sd15, apply):
+    with pytest.raises(ValueError) as raised:
+        apply(sd15, variant="sd3")
+    assert "the ControlNeXt file is sd3 (for SD3), but the connected MODEL is SD1.5" in one_sentence(raised)

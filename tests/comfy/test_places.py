@@ -1,7 +1,8 @@
 """Where control enters is read off the model's own structure."""
 
 import pytest
-from models import unet_model
+import torch
+from models import sd3_model, unet_model
 
 SHORT = dict(num_res_blocks=[1, 3], channel_mult=[1, 4], transformer_depth=[1, 0, 0, 0],
              transformer_depth_output=[1, 1, 0, 0, 0, 0])
@@ -24,3 +25,13 @@ def test_places_follow_the_blocks_of_the_model(pack, name):
     assert {place: (at.block[1], at.channels, at.halvings) for place, at in places.items()} == expected
     assert (middle.channels, middle.halvings) == expected["before_middle"][1:]
     assert all(at.slot == "input_block_patch_after_skip" for at in places.values())
+
+
+@pytest.mark.parametrize("blocks", [24, 38])
+def test_a_transformer_has_the_tokens_and_every_block_but_the_last(pack, blocks):
+    with torch.device("meta"):
+        transformer = sd3_model(depth=blocks).model.diffusion_model
+    places = pack("nodes.places").places_of(transformer)
+    assert list(places) == ["tokens", *(f"block_{index}" for index in range(blocks - 1))]
+    assert [at.block for at in places.values()] == [("double_block", index) for index in range(blocks)]
+    assert {(at.slot, at.channels, at.halvings) for at in places.values()} == {("controlnext_tokens", 64 * blocks, 1)}
