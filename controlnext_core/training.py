@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from .families import Family
 from .layouts import layout_of
 from .module import ControlNeXtModule
 
+T = TypeVar("T")
 # the reference's widths by layout
 WIDTHS = {
     "light": dict(frequencies=128, time=256, stem_0=64, stem_1=64, width_0=128, width_1=128, width_2=256, out=320),
@@ -26,7 +28,8 @@ WIDTHS = {
                       width_3=256, out=1280),
 }
 # the UNet weights that the reference trains along, as patterns of diffusers names, by base
-UNET_PATTERNS = {"sd15": "to_out", "sdxl": r"attn2.*to_out", "svd": "to_out|to_v"}
+# of SD3, which it has not, the same as of SD1.5: where the attention of the picture's stream ends, 2 tensors each
+UNET_PATTERNS = {"sd15": "to_out", "sdxl": r"attn2.*to_out", "svd": "to_out|to_v", "sd3": "to_out"}
 # a model predicts (x - x0 * a) / b of its noisy x; an error of the estimated x0 counts 1 / b^2, as the reference has it
 LOSS_WEIGHTS = {
     "epsilon": lambda sigma: sigma ** -2,
@@ -100,9 +103,20 @@ def add_features(h: torch.Tensor, features: torch.Tensor, gain: float = 1.0,
     return add_controls(h, [(features[None], h.new_full((1, 1, 1, 1, 1), gain))])
 
 
-def select_weights(names: Mapping[str, str], pattern: str) -> dict[str, str]:
-    """The {diffusers name: the denoiser's own name} whose diffusers name holds the regular expression ``pattern``."""
+def select_weights(names: Mapping[str, T], pattern: str) -> dict[str, T]:
+    """The {diffusers name: where the denoiser has it} whose name holds the regular expression ``pattern``."""
     return {name: key for name, key in names.items() if re.search(pattern, name)}
+
+
+def draw_levels(rows: int, levels: int, prediction: str, generator: torch.Generator) -> torch.Tensor:
+    """Which of a sampling's noise levels each row of a batch gets, (rows,), 0 is the one of least noise.
+
+    Each is as likely as any other, as the reference has it. Of flow models the middle ones are likelier: logit-normal
+    with mean 0 and deviation 1, as SD3 was trained (arXiv 2403.03206); the levels themselves follow the model's shift.
+    """
+    if prediction == "flow":
+        return (torch.randn(rows, generator=generator).sigmoid() * levels).long().clamp(max=levels - 1)
+    return torch.randint(levels, (rows,), generator=generator)
 
 
 def prediction_loss(denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor, prediction: str,

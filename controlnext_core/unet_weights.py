@@ -3,6 +3,7 @@
 A difference file holds W_finetuned - W_base and is added; any other file replaces. No name says which, the values do.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -11,11 +12,12 @@ import torch
 
 from .checkpoint import ANCHORS, describe, strip_prefixes
 from .families import BASE_NAMES
-from .unet_keys import diffusers_to_ldm
+from .unet_keys import Target, targets_of
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
 # (base, any of these in a key) by diffusers and by LDM names; the first that fits speaks
 BASE_MARKS = (
+    ("sd3", ("joint_blocks.", ".attn.")),
     ("svd", ("spatial_res_block.", "temporal_res_block.", "temporal_transformer_blocks.", "time_stack.", "time_mixer.",
              "time_pos_embed.")),
     ("sdxl", ("add_embedding.", "label_emb.")),
@@ -39,11 +41,13 @@ class UNetWeights:
         tensors: {LDM key of the model: the file's tensor}.
         left_out: the file's keys that the model lacks.
         other_base: the base (a key of ``BASE_NAMES``) that the file seems made for although all its tensors fit.
+        partial: keys in ``tensors`` of which the file has a part alone (some of q, k and v); the rest is zeros.
     """
 
     tensors: dict[str, torch.Tensor]
     left_out: list[str]
     other_base: str | None
+    partial: list[str]
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,20 @@ def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWei
     state_dict = strip_prefixes({key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)})
     if not state_dict:
         raise ValueError(f"{name} holds no tensors; download it again or choose another file.")
-    names = diffusers_to_ldm(shapes)
-    tensors, left_out = {}, []
+    targets = targets_of(shapes)
+    tensors, left_out, parts = {}, [], defaultdict(dict)
     for key, value in state_dict.items():
         bare = next((key[len(prefix):] for prefix in PREFIXES if key.startswith(prefix)), key)
-        ldm_key = bare if bare in shapes else names.get(bare)
-        if ldm_key is None:
+        target = Target(bare) if bare in shapes else targets.get(bare)
+        if target is None:
             left_out.append(key)
+        elif target.third is None or tuple(value.shape) != target.shape(shapes[target.key]):
+            tensors[target.key] = target.ordered(value)
         else:
-            tensors[ldm_key] = value
+            parts[target.key][target.third] = value
+    for key, thirds in parts.items():
+        zeros = torch.zeros_like(next(iter(thirds.values())))
+        tensors.setdefault(key, torch.cat([thirds.get(third, zeros) for third in range(3)]))
     what = _describe(state_dict)
     if not tensors or what.startswith(NAMED_ALIKE):
         raise ValueError(f"{name} holds no UNet weights for the connected MODEL: it is {what}; choose the UNet weights "
@@ -122,7 +131,7 @@ def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWei
         if not extremes.isfinite().all():
             raise ValueError(f"{name}: tensor {key} holds NaN or infinite weights; download the file again or choose "
                              f"another.")
-    return UNetWeights(tensors, left_out, other_base)
+    return UNetWeights(tensors, left_out, other_base, [key for key, thirds in parts.items() if len(thirds) < 3])
 
 
 def _describe(keys: Iterable[str]) -> str:

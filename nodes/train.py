@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from ..controlnext_core import checkpoint
 from ..controlnext_core.families import BASE_NAMES, resolve
 from ..controlnext_core.training import UNET_PATTERNS, Training, new_module, select_weights, with_scale
-from ..controlnext_core.unet_keys import diffusers_to_ldm
+from ..controlnext_core.unet_keys import Target, targets_of
 from ..controlnext_core.unet_weights import read
 from .base import base_of_model, family_of, inject_at_input
 from .files import fingerprint, write_whole
 from .model import ControlNeXt, ControlNeXtType, trained_controlnext
-from .places import places_of
+from .places import either, places_of
 from .preview import send_text, show_text
 from .training_data import Samples
 from .training_run import Run, TrainingControl, trainable_clone
@@ -30,7 +30,7 @@ from .unet_loader import add_unet_weights
 FOLDER = "controlnext_training"  # in the output folder
 NONE = "none"
 WITH_UNET = "module and UNet weights"
-TRAINED_BASES = ("sd15", "sdxl")
+TRAINED_BASES = ("sd15", "sdxl", "sd3")
 TEXTS, MEAN_OF = 1000, 50  # texts in a training; losses in the mean that they tell
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -47,7 +47,7 @@ class ControlNeXtTrain(io.ComfyNode):
             search_aliases=["controlnext", "train controlnet", "train control", "training"],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The SD1.5 or SDXL MODEL to train for; it is not changed."),
+                io.Model.Input("model", tooltip="The SD1.5, SDXL or SD3 MODEL to train for; it is not changed."),
                 io.Latent.Input("latents", tooltip="The pictures, from Make Training Dataset, Resolution Bucket or VAE "
                                                    "Encode."),
                 io.Conditioning.Input("conditioning", tooltip="The captions, from the same node as the latents: one "
@@ -97,7 +97,8 @@ class ControlNeXtTrain(io.ComfyNode):
                                        "steps. 0 is off."),
                 io.String.Input("unet_pattern", default="", optional=True, advanced=True,
                                 tooltip="Which UNet weights to train: a regular expression found in their diffusers "
-                                        "names. Empty is the reference's: to_out, on SDXL attn2.*to_out."),
+                                        "names. Empty is the reference's: to_out, on SDXL attn2.*to_out, and to_out on "
+                                        "SD3."),
                 io.Float.Input("min_snr_gamma", default=0.0, min=0.0, max=1000.0, step=0.01, round=False, optional=True,
                                advanced=True,
                                tooltip="Min-SNR weighting: samples of little noise count no more than this. 5 is "
@@ -107,8 +108,9 @@ class ControlNeXtTrain(io.ComfyNode):
                 io.Int.Input("grad_accumulation_steps", default=1, min=1, max=1024, optional=True, advanced=True,
                              tooltip="Batches in a step: learns as from a batch so many times as large, in the memory "
                                      "of one and so many times the time."),
-                inject_at_input("Where control enters the UNet. auto is where the connected CONTROLNEXT or the kept "
-                                "training does, and the reference's place for a new one."),
+                inject_at_input("Where control enters the UNet, or the tokens of a transformer such as SD3. auto is "
+                                "where the connected CONTROLNEXT or the kept training does, and the reference's place "
+                                "for a new one."),
             ],
             outputs=[
                 ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt and Save ControlNeXt "
@@ -148,7 +150,7 @@ class ControlNeXtTrain(io.ComfyNode):
             controlnext = trained_controlnext(with_scale(state["module"], state["scale"]), state["family"],
                                               settings.resume_from, state["differences"], state.get("place"))
         control = _start(model, controlnext, settings.seed, settings.inject_at)
-        names = diffusers_to_ldm(model.model.diffusion_model.state_dict())
+        names = targets_of(model.model.diffusion_model.state_dict())
         differences = _differences(model, names, controlnext, settings)
         training = Training(control.module, differences, settings.learning_rate, settings.unet_learning_rate,
                             settings.ema, settings.seed, settings.warmup_steps, settings.grad_accumulation_steps)
@@ -239,15 +241,16 @@ def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "
     """
     base = base_of_model(model.model)
     if base not in TRAINED_BASES:
-        raise ValueError(f"model: training is for SD1.5 and SDXL, but the connected MODEL is {BASE_NAMES[base]}; "
-                         "connect one of these.")
+        *names, last = (BASE_NAMES[trained] for trained in TRAINED_BASES)
+        raise ValueError(f"model: training is for {', '.join(names)} and {last}, but the connected MODEL is "
+                         f"{BASE_NAMES[base]}; connect one of these.")
     family = family_of(model.model, controlnext) if controlnext else resolve("light", "auto", base)
     places = places_of(model.model.diffusion_model)
     if inject_at == "auto":
         inject_at = controlnext and controlnext.place or family.place
     if inject_at not in places:
-        raise ValueError(f"inject_at: control of {family.name} should enter at {inject_at}, a place that the UNet of "
-                         f"the connected MODEL lacks; set inject_at to {' or '.join(places)}.")
+        raise ValueError(f"inject_at: control of {family.name} should enter at {inject_at}, a place that the "
+                         f"connected MODEL lacks; set inject_at to {either(list(places))}.")
     place = places[inject_at]
     if controlnext is None:
         state_dict = new_module(family, seed, out=place.channels).state_dict()
@@ -265,13 +268,14 @@ def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "
     return TrainingControl(module.to(model.load_device), family, place, inject_at, scale)
 
 
-def _differences(model, names: dict[str, str], controlnext: ControlNeXt | None, settings) -> dict[str, torch.Tensor]:
+def _differences(model, names: dict[str, Target], controlnext: ControlNeXt | None, settings) -> dict[str, torch.Tensor]:
     """{diffusers name: difference to start from} of the UNet weights to train. ValueError: the pattern fits none."""
     shapes = model.model.diffusion_model.state_dict()
     found = {}
     if settings.trainable == WITH_UNET:
         pattern = settings.unet_pattern or UNET_PATTERNS[base_of_model(model.model)]
-        found = {name: torch.zeros(shapes[key].shape) for name, key in select_weights(names, pattern).items()}
+        found = {name: torch.zeros(target.shape(shapes[target.key].shape))
+                 for name, target in select_weights(names, pattern).items()}
         if not found:
             raise ValueError(f"unet_pattern: no UNet weight of the connected MODEL has {pattern} in its name; clear it "
                              "to train those that the reference trains.")

@@ -1,5 +1,6 @@
 """The samples of a training: latents, captions and control images of ComfyUI's dataset nodes, row by row."""
 
+import comfy.conds
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -88,6 +89,10 @@ class Samples:
                 "positive")[0]
             conds.append({name: value.process_cond(batch_size=1, area=None, device=device)
                           for name, value in cond["model_conds"].items()})
+        for name, value in conds[0].items():  # others are repeated to one length
+            if type(value) is comfy.conds.CONDRegular and len({cond[name].cond.shape for cond in conds}) > 1:
+                raise ValueError("conditioning: captions of one batch have different lengths, which this MODEL cannot "
+                                 "take at once; set batch_size to 1 or make all captions short.")
         return {name: value.to(device) for name, value in comfy.samplers.cond_cat(conds).items()}
 
 

@@ -4,15 +4,25 @@ import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
+import comfy.utils
 import latent_preview
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch.utils.checkpoint import checkpoint
 
 from ..controlnext_core.families import Family
 from ..controlnext_core.sizes import halved
-from ..controlnext_core.training import Training, control_features, draw_rows, drop_captions, prediction_loss
+from ..controlnext_core.training import (
+    Training,
+    control_features,
+    draw_levels,
+    draw_rows,
+    drop_captions,
+    prediction_loss,
+)
+from ..controlnext_core.unet_keys import Target
 from .control import Forward
 from .injection import add_control
 from .places import Place
@@ -46,8 +56,8 @@ class TrainingControl:
         return features[None], features.new_full((1, 1, 1, 1, 1), self.gain)
 
 
-def trainable_clone(model, differences: dict[str, torch.nn.Parameter], dtype: torch.dtype, checkpointing: bool):
-    """A clone of a MODEL that gradients can pass, with ``differences`` {LDM key: parameter} added in every forward.
+def trainable_clone(model, differences: dict[Target, torch.nn.Parameter], dtype: torch.dtype, checkpointing: bool):
+    """A clone of a MODEL that gradients can pass, with ``differences`` added in every forward where they belong.
 
     All of it goes through the patcher; the weights that the clone shares with the MODEL are not touched.
     """
@@ -56,18 +66,21 @@ def trainable_clone(model, differences: dict[str, torch.nn.Parameter], dtype: to
     clone.set_model_compute_dtype(dtype)
     for key, weight in clone.model.named_parameters():
         if weight.is_inference():  # loaded by a node, which autograd cannot save; a copy it can
-            clone.add_weight_wrapper(key, torch.clone)
-    for key, difference in differences.items():
-        clone.add_weight_wrapper(PREFIX + key, _adder(difference))
+            if hasattr(comfy.utils.get_attr(clone.model, key.rpartition(".")[0]), "weight_function"):
+                clone.add_weight_wrapper(key, torch.clone)
+            else:  # a layer that is none of ComfyUI's own: SD3's norm of q and k
+                clone.add_object_patch(key, torch.nn.Parameter(weight.clone(), requires_grad=False))
+    for target, difference in differences.items():
+        clone.add_weight_wrapper(PREFIX + target.key, _adder(target, difference))
     if checkpointing:
         for name, layer in clone.model.named_modules():
-            if isinstance(layer, ResBlock | SpatialTransformer):
+            if isinstance(layer, ResBlock | SpatialTransformer | JointBlock):
                 clone.add_object_patch(f"{name}.forward", _checkpointed(layer.forward))
     return clone
 
 
-def _adder(difference: torch.nn.Parameter):
-    return lambda weight: (weight.float() + difference).to(weight.dtype)
+def _adder(target: Target, difference: torch.nn.Parameter):
+    return lambda weight: (weight.float() + target.spread(difference)).to(weight.dtype)
 
 
 def _checkpointed(forward):
@@ -112,7 +125,7 @@ class Run:
         generator = self.training.generator
         rows = draw_rows(self.buckets, self.batch_size, generator)
         latents = self.base_model.process_latent_in(self.samples.batch_latents(rows).to(self.device))
-        drawn = torch.randint(len(self.sampling.sigmas), (len(rows),), generator=generator)
+        drawn = draw_levels(len(rows), len(self.sampling.sigmas), self.prediction, generator)
         sigma = self.sampling.sigmas.cpu()[drawn].to(self.device)
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
         dropped = drop_captions(len(rows), self.caption_dropout, generator)

@@ -83,6 +83,15 @@ def load_unet_weights(name: str, base: BaseWeights) -> UNetWeights:
 
 def choose_mode(mode: str, name: str, weights: UNetWeights, base: BaseWeights) -> tuple[str, str]:
     """(difference or replace, why): what the user chose, the file declares, or comparing with the base weights says."""
+    mode, why = _mode_of(mode, name, weights, base)
+    if mode == "replace" and weights.partial:
+        raise ValueError(f"mode: {name} holds some of the query, key and value weights that lie together in "
+                         f"{weights.partial[0]}, which can be added but not replaced ({why}); set mode to difference "
+                         "or choose a file with all three.")
+    return mode, why
+
+
+def _mode_of(mode: str, name: str, weights: UNetWeights, base: BaseWeights) -> tuple[str, str]:
     if mode != "auto":
         return mode, "as chosen"
     declared = read_metadata(find_file(name, FOLDERS, "unet_name")).get(MODE_KEY)

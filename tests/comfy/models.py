@@ -81,9 +81,9 @@ def _filled(patcher, seed: int) -> comfy.model_patcher.ModelPatcher:
 
 def sd3_model(dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatcher:
     """A MODEL of ComfyUI's class for SD3 with three blocks, 64 times as many wide, its weights not filled."""
-    config = dict(in_channels=16, out_channels=16, patch_size=2, depth=3, input_size=None, adm_in_channels=2048,
-                  num_patches=16 ** 2, pos_embed_max_size=16, pos_embed_scaling_factor=None,
-                  **{"x_block_self_attn_layers": [], "dtype": dtype, **changes})
+    config = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 3, "input_size": None,
+              "adm_in_channels": 2048, "num_patches": 16 ** 2, "pos_embed_max_size": 16,
+              "pos_embed_scaling_factor": None, "x_block_self_attn_layers": [], "dtype": dtype, **changes}
     width = 64 * config["depth"]
     config["context_embedder_config"] = {"target": "torch.nn.Linear",
                                          "params": {"in_features": 4096, "out_features": width}}
