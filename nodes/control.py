@@ -156,7 +156,7 @@ class Control:
             control = module.timestep_part(part, at, size if family.pool_first else None)
             return (fit(control, size, family.pool_first, family.eps),)
 
-        return self.loaded.features.get((*image_key, timestep, size), features)[0]
+        return self.loaded.features.get((*image_key, timestep, size), features, step=timestep)[0]
 
     def _image_part_bytes(self, forward: Forward) -> int:
         """Upper bound of the image parts of all images of this control."""

@@ -1,9 +1,12 @@
 """A bounded store of computed tensors, owned by the loaded model and freed with it."""
 
+import itertools
 import os
 import threading
-from collections.abc import Callable, Hashable
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
+import comfy.model_management
 import torch
 
 VARIABLE = "CONTROLNEXT_CACHE_MB"
@@ -22,6 +25,64 @@ def limit_from_environment() -> int:
     return int(text) * 1024 ** 2
 
 
+class Kept:
+    """Tensors where they stay, ``home``, and while they are needed also ``near``, on the device that computed them.
+
+    The way home and back goes beside the computation where ComfyUI has pinned memory and a stream for that.
+
+    Args:
+        home: None to stay on the device.
+        step: of ``FeatureCache.get``.
+    """
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...], home: torch.device | None, step: Hashable):
+        self.device = tensors[0].device
+        self.moves = home is not None and home != self.device
+        self.size = _bytes(tensors)
+        self.step = step
+        self.near = self.at_home = tensors
+        self._stream = None
+        if self.moves:
+            self.at_home = tuple(torch.empty_like(tensor, device=home) for tensor in tensors)
+            pinned = [tensor for tensor in self.at_home if comfy.model_management.pin_memory(tensor)]
+            weakref.finalize(self, _unpin, pinned).atexit = False
+            for there, tensor in zip(self.at_home, tensors, strict=True):
+                there.copy_(tensor, non_blocking=comfy.model_management.device_supports_non_blocking(self.device))
+
+    def fetch(self) -> None:
+        """Begin to copy to the device what is not there."""
+        if self.near is None:
+            self._stream = comfy.model_management.get_offload_stream(self.device)
+            if self._stream is not None:  # they may still be on their way home
+                self._stream.wait_stream(comfy.model_management.current_stream(self.device))
+            non_blocking = comfy.model_management.device_supports_non_blocking(self.device)
+            self.near = tuple(comfy.model_management.cast_to(tensor, device=self.device, non_blocking=non_blocking,
+                                                             stream=self._stream) for tensor in self.at_home)
+
+    def get(self) -> tuple[torch.Tensor, ...]:
+        """The tensors on the device, for the computation that runs there now."""
+        self.fetch()
+        if self._stream is not None:
+            comfy.model_management.sync_stream(self.device, self._stream)
+            for tensor in self.near:  # their memory is the stream's, which must not give it away too early
+                tensor.record_stream(comfy.model_management.current_stream(self.device))
+            self._stream = None
+        return self.near
+
+    def leave(self) -> None:
+        """Give up what is near."""
+        self.near = self._stream = None
+
+
+def _unpin(tensors: list[torch.Tensor]) -> None:
+    for tensor in tensors:
+        comfy.model_management.unpin_memory(tensor)
+
+
+def _bytes(tensors: tuple[torch.Tensor, ...]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 class FeatureCache:
     """Tensors of at most ``limit`` bytes, kept from run to run; 0 keeps nothing.
 
@@ -29,22 +90,36 @@ class FeatureCache:
     asks for the same entries in the same order again, so when not all fit, the first ones are there the next time
     (plain least-recently-used order would drop each one just before its use).
 
+    With a ``home``, the device has of them what the current step needs and, once an earlier run is seen to be
+    repeated, what its next step will.
+
     Safe to use from the threads of ComfyUI's multi-GPU sampling; keys hold the device.
     """
 
-    def __init__(self, limit: int):
-        self.limit = limit
+    def __init__(self, limit: int, home: torch.device | None = None):
+        self.limit, self.home = limit, home
         self.size = 0
-        self._runs: list[dict[Hashable, tuple[torch.Tensor, ...]]] = [{}]  # by last use, the current run's at the end
+        self._runs: list[dict[Hashable, Kept]] = [{}]  # by last use, the current run's at the end
+        self._near: list[Kept] = []
+        self._step: Hashable = None
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, compute: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        """The tensors kept under ``key``, or those that ``compute`` returns, kept when there is room for them."""
+    def get(self, key: Hashable, compute: Callable[[], tuple[torch.Tensor, ...]],
+            step: Hashable = None) -> tuple[torch.Tensor, ...]:
+        """The tensors kept under ``key``, or those that ``compute`` returns, kept when there is room for them.
+
+        Args:
+            step: the same for all that is needed at the same time.
+        """
         with self._lock:
+            arrived, self._step = step != self._step, step
+            if arrived:
+                self._leave([kept for kept in self._near if kept.step != step])
             for run in self._runs:
                 if key in run:
-                    tensors = self._runs[-1][key] = run.pop(key)
-                    return tensors
+                    self._fetch(_from_here_to_the_next_step(run, key) if arrived else [run[key]])
+                    kept = self._runs[-1][key] = run.pop(key)
+                    return kept.get()
         with torch.no_grad():  # what is kept holds no graph of a training
             tensors = compute()
         size = _bytes(tensors)
@@ -52,7 +127,8 @@ class FeatureCache:
             if size <= self.limit and key not in self._runs[-1]:
                 self._make_room(size)
                 if self.size + size <= self.limit:
-                    self._runs[-1][key] = tensors
+                    kept = self._runs[-1][key] = Kept(tensors, self.home, step)
+                    self._fetch([kept])
                     self.size += size
         return tensors
 
@@ -60,18 +136,45 @@ class FeatureCache:
         """From now on, what was used so far may make room for what is used next."""
         with self._lock:
             self._runs = [run for run in self._runs if run] + [{}]
+            self._leave(self._near)
+            self._step = None
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._runs = [{}]
+            self._runs, self._near, self._step = [{}], [], None
             self.size = 0
+
+    def free_device(self) -> None:
+        """Forget what has no other home than the device."""
+        with self._lock:
+            self._leave(self._near)
+            self._runs = [{key: kept for key, kept in run.items() if kept.moves} for run in self._runs]
+            self.size = sum(kept.size for run in self._runs for kept in run.values())
+
+    def _fetch(self, entries: Iterable[Kept]) -> None:
+        for kept in entries:
+            kept.fetch()
+            if kept.moves and kept not in self._near:
+                self._near.append(kept)
+
+    def _leave(self, entries: list[Kept]) -> None:
+        for kept in entries:
+            kept.leave()
+        self._near = [kept for kept in self._near if kept.near is not None]
 
     def _make_room(self, size: int) -> None:
         for run in self._runs[:-1]:
             while run and self.size + size > self.limit:
-                self.size -= _bytes(run.popitem()[1])
+                self.size -= run.popitem()[1].size
 
 
-def _bytes(tensors: tuple[torch.Tensor, ...]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _from_here_to_the_next_step(run: dict[Hashable, Kept], key: Hashable) -> Iterator[Kept]:
+    """The entry of ``key`` and those behind it, to the end of the step after its own."""
+    steps = []
+    for kept in itertools.islice(run.values(), list(run).index(key), None):
+        if kept.step not in steps:
+            steps.append(kept.step)
+        if len(steps) > 2:
+            return
+        yield kept

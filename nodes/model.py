@@ -26,7 +26,8 @@ _loaded: WeakValueDictionary = WeakValueDictionary()
 class LoadedModule:
     """One module inside a ModelPatcher, with what its state dict says of it and what it has computed.
 
-    ``features`` are kept from run to run, ``image_parts`` (what they go on from) while a sampling runs.
+    ``features`` are kept from run to run, where ComfyUI puts models that it does not use; ``image_parts`` (what they go
+    on from) while a sampling runs, where the module is.
 
     Args:
         state_dict: from a file or a training.
@@ -48,7 +49,8 @@ class LoadedModule:
         self.patcher.cached_patcher_init = reload
         self.checkpoint, self.name = read, name
         limit = limit_from_environment()
-        self.features, self.image_parts = FeatureCache(limit), FeatureCache(limit // 2)
+        self.features = FeatureCache(limit, self.patcher.offload_device)
+        self.image_parts = FeatureCache(limit // 2)
         self.patcher.add_callback_with_key(CallbacksMP.ON_DETACH, "controlnext",
                                            partial(_give_back, (self.features, self.image_parts)))
 
@@ -67,7 +69,7 @@ def _give_back(caches: tuple[FeatureCache, ...], patcher, unpatch_all: bool) -> 
     """ON_DETACH callback: ComfyUI wants the memory, unless it only exchanges one clone of the patcher for another."""
     if unpatch_all:
         for cache in caches:
-            cache.clear()
+            cache.free_device()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""Features kept from run to run lie where ComfyUI puts models that it does not use, and are back when they are needed.
+
+Without a GPU the way is the same: ``torch.device("cpu", 0)`` is the same memory, but no tensor's device is equal to it.
+"""
+
+import pytest
+import torch
+from sampling import conds, latent, picture, sample
+
+ELSEWHERE = torch.device("cpu", 0)
+STEPS, IMAGES, SIZE = 4, 2, 1000
+
+
+@pytest.fixture
+def cache_of(pack):
+    return pack("nodes.feature_cache").FeatureCache
+
+
+def ask(cache, step: int, computed: list) -> list[int]:
+    """Ask for what a step needs, all of it right; the sizes of what lies near after each entry."""
+    near = []
+    for image in range(IMAGES):
+        def compute(value=10 * step + image):
+            computed.append(value)
+            return torch.full((SIZE,), value), torch.full((2,), -value)
+        first, second = cache.get((image, step), compute, step=step)
+        assert first.tolist() == [10 * step + image] * SIZE
+        assert second.tolist() == [-10 * step - image] * 2
+        near.append(sum(entry.near is not None for run in cache._runs for entry in run.values()))
+    return near
+
+
+def test_near_are_in_a_first_run_the_current_steps_in_a_second_also_the_next_ones_and_after_a_run_none(cache_of):
+    cache, computed = cache_of(10 ** 6, ELSEWHERE), []
+    near = [ask(cache, step, computed) for step in range(STEPS)]
+    assert near == [[1, 2]] * STEPS
+    cache.end_run()
+    assert not any(entry.near for run in cache._runs for entry in run.values())
+    assert len(computed) == STEPS * IMAGES
+    near = [ask(cache, step, computed) for step in range(STEPS)]
+    assert near == [[4, 4]] * (STEPS - 1) + [[2, 2]]
+    cache.end_run()
+    assert not any(entry.near for run in cache._runs for entry in run.values())
+    assert len(computed) == STEPS * IMAGES
+
+
+def test_what_was_fetched_for_a_step_that_does_not_come_leaves(cache_of):
+    cache, computed = cache_of(10 ** 6, ELSEWHERE), []
+    for step in range(STEPS):
+        ask(cache, step, computed)
+    cache.end_run()
+    ask(cache, 0, computed)
+    assert ask(cache, 3, computed) == [2, 2]
+    assert len(computed) == STEPS * IMAGES
+
+
+def test_where_the_device_is_home_nothing_is_copied(cache_of):
+    tensor = torch.ones(3)
+    for home in (None, tensor.device):
+        cache = cache_of(10 ** 6, home)
+        assert cache.get("key", lambda: (tensor,))[0] is tensor
+        cache.end_run()
+        assert cache.get("key", lambda: (tensor,))[0] is tensor
+
+
+def test_when_comfyui_wants_the_device_what_lies_at_home_stays(cache_of):
+    for home, kept in ((ELSEWHERE, STEPS * IMAGES), (None, 0)):
+        cache, computed = cache_of(10 ** 6, home), []
+        for step in range(STEPS):
+            ask(cache, step, computed)
+        cache.free_device()
+        assert sum(len(run) for run in cache._runs) == kept
+        assert cache.size == kept * 8 * (SIZE + 2)
+        for step in range(STEPS):
+            ask(cache, step, computed)
+        assert len(computed) == 2 * STEPS * IMAGES - kept
+
+
+@pytest.mark.parametrize("family, base, images", [("sd15", "sd15", 1), ("sdxl", "sdxl", 2), ("svd", "svd", 3)])
+def test_results_are_equal_bit_for_bit_whether_features_move_or_not(apply, unets, controlnexts, module_runs, family,
+                                                                    base, images):
+    loaded = controlnexts[family].loaded
+    assert loaded.features.home == loaded.patcher.offload_device
+    _, timesteps = module_runs(controlnexts[family])
+    model = apply(unets[base], controlnexts[family], picture(3, images))
+    results = []
+    for home in (loaded.patcher.offload_device, ELSEWHERE):
+        loaded.features.clear()
+        loaded.features.home = home
+        for run in range(2):
+            timesteps.clear()
+            results.append(sample(model, *conds(model, base), latent(base, images), cfg=3.0, steps=2))
+            assert bool(timesteps) == (run == 0)
+    loaded.features.home = loaded.patcher.offload_device
+    loaded.features.clear()
+    assert torch.isfinite(results[0]).all()
+    assert all(torch.equal(result, results[0]) for result in results)
