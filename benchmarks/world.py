@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
-import gc
 import json
 import logging
 import os
@@ -22,6 +20,7 @@ sys.path[1:1] = [str(REPOSITORY / "scripts"), str(REPOSITORY / "tests" / "comfy"
 import environment  # noqa: E402
 import in_process  # noqa: E402
 import stand_in  # noqa: E402
+from peak_memory import PeakMemory, give_back_memory, memory_status  # noqa: E402, F401
 
 DEPTHS = {  # transformer depths of the released UNet, where the tests' one is cut
     "sdxl": {"transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0] * 3 + [2] * 3 + [10] * 3,
@@ -94,37 +93,6 @@ def fill(module, generator) -> None:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
         else:
             parameter.fill_(0.5)
-
-
-def give_back_memory() -> None:
-    """Free what is unused, so that it is not used again unseen when memory is measured next."""
-    gc.collect()
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-class PeakMemory:
-    """The most memory in use above what was in use before, in bytes; of the device, or of the process (Linux alone)."""
-
-    def __enter__(self):
-        import torch
-        self.cuda = torch.cuda if torch.cuda.is_available() else None
-        if self.cuda:
-            self.cuda.reset_peak_memory_stats()
-            self.before = self.cuda.memory_allocated()
-        else:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # the peak starts again
-            self.before = memory_status("VmRSS")
-        return self
-
-    def __exit__(self, *_):
-        self.bytes = (self.cuda.max_memory_allocated() if self.cuda else memory_status("VmHWM")) - self.before
-
-
-def memory_status(name: str) -> int:
-    """Bytes of one entry of /proc/self/status, such as VmRSS."""
-    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(name + ":"))
 
 
 def machine() -> dict:

@@ -2,9 +2,11 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import comfy.model_management
 import comfy.utils
 import torch
 
@@ -148,7 +150,7 @@ class Control:
             return module.image_part(image.to(forward.device, forward.dtype), family.stem_padding, family.stem_pool)
 
         def features():
-            if self._image_part_bytes(forward) <= self.loaded.image_parts.limit:
+            if self.loaded.image_parts_stay(len(self.image), math.prod(self._pixels(forward.size)), forward.dtype):
                 part = self.loaded.image_parts.get(image_key, image_part)
             else:  # of a video, too few would stay to be worth their memory
                 part = image_part()
@@ -156,14 +158,21 @@ class Control:
             control = module.timestep_part(part, at, size if family.pool_first else None)
             return (fit(control, size, family.pool_first, family.eps),)
 
-        return self.loaded.features.get((*image_key, timestep, size), features, step=timestep)[0]
+        key = (*image_key, timestep, size)
+        try:
+            return self.loaded.features.get(key, features, step=timestep)[0]
+        except comfy.model_management.OOM_EXCEPTION:
+            pass  # to let go of what the exception's frames hold
+        logging.warning("ControlNeXt: memory ran out; what is kept on the device is given up, and one more try made.")
+        self.loaded.free_device()
+        comfy.model_management.soft_empty_cache()
+        return self.loaded.features.get(key, features, step=timestep)[0]
 
-    def _image_part_bytes(self, forward: Forward) -> int:
-        """Upper bound of the image parts of all images of this control."""
-        width = self.patcher.model.down_res[0].conv1.out_channels
-        pixels = forward.size[0] * forward.size[1] * self.ratio ** 2
-        stem = 1 if self.patcher.model.embedding is None else 4
-        return len(self.image) * 2 * width * pixels // stem * forward.dtype.itemsize
+    def memory(self, latent: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
+        """``LoadedModule.memory`` for a sampling of so large a latent."""
+        height, width = halved(latent, self.place.halvings)
+        return self.loaded.memory(len(self.image), math.prod(self._pixels(latent)), height * width,
+                                  self.family.stem_pool, dtype)
 
     def _at_size(self, latent: tuple[int, int]) -> torch.Tensor:
         """The control images (N, 3, H, W) at the sampled image's size, stretched with Lanczos as the reference does."""

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import comfy.model_management
 import torch
 from comfy.controlnet import ControlNet
 from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
@@ -64,10 +63,11 @@ class ControlNeXtControl(ControlNet):
 
     def inference_memory_requirements(self, dtype):
         # the image is most often as large as the picture, whose size is not known yet
-        pixels = self.cond_hint_original.shape[-2] * self.cond_hint_original.shape[-1]
-        stem_pool = families_of(self.controlnext.loaded.checkpoint.layout)[0].stem_pool
-        return (super().inference_memory_requirements(dtype)
-                + self.control_model.peak(pixels, stem_pool) * comfy.model_management.dtype_size(dtype))
+        images, _, height, width = self.cond_hint_original.shape
+        loaded = self.controlnext.loaded
+        stem_pool = families_of(loaded.checkpoint.layout)[0].stem_pool
+        return super().inference_memory_requirements(dtype) + sum(loaded.memory(
+            images, height * width, height * width // self.compression_ratio ** 2, stem_pool, dtype))
 
     def cleanup(self):
         super().cleanup()

@@ -12,6 +12,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..controlnext_core.cross_normalization import add_controls, add_to_tokens
 from .control import Control, Forward, Half
 from .places import INPUT_SLOT, MIDDLE_SLOT, TOKEN_SLOT, Place
+from .reserve import prepare
 
 KEY = "controlnext"
 CONDS_KEY = "controlnext_conds"
@@ -82,6 +83,7 @@ def add_control(model, control: Control):
     if not model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, run_controls)
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, note_conds)
+        model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, tell_memory)
         model.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, end_run)  # 0.16 does not call the patches' cleanup
     return model
 
@@ -137,6 +139,14 @@ def end_run(model):
 def _injections(options: dict) -> list[Injection]:
     return [patch for slot in (INPUT_SLOT, MIDDLE_SLOT, TOKEN_SLOT)
             for patch in options.get("patches", {}).get(slot, ()) if isinstance(patch, Injection)]
+
+
+def tell_memory(executor, model, noise_shape, conds, *args, **kwargs):
+    """PREPARE_SAMPLING wrapper: have ComfyUI keep free what the modules need; they run one after the other."""
+    needs = [control.memory(tuple(noise_shape[-2:]), model.model.get_dtype_inference())
+             for injection in _injections(model.model_options["transformer_options"]) for control in injection.controls]
+    needed = max(running for running, _ in needs) + sum(staying for _, staying in needs)
+    return prepare(executor, needed, model, noise_shape, conds, *args, **kwargs)
 
 
 def note_conds(executor, x, timestep, model_options=None, seed=None):

@@ -64,6 +64,28 @@ class LoadedModule:
         self.image_parts.clear()
         self.features.end_run()
 
+    def free_device(self) -> None:
+        """Give back what lies on the device."""
+        for cache in (self.features, self.image_parts):
+            cache.free_device()
+
+    def image_parts_stay(self, images: int, pixels: int, dtype: torch.dtype) -> bool:
+        """Whether the image parts of so many images of so many pixels are kept while a sampling runs."""
+        return images * self.patcher.model.image_part_numbers(pixels) * dtype.itemsize <= self.image_parts.limit
+
+    def memory(self, images: int, pixels: int, places: int, stem_pool: bool, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes beside the weights that a sampling needs: (while the module runs, from its first step to its last).
+
+        Args:
+            pixels: of each image.
+            places: at which an image's features are added.
+        """
+        module = self.patcher.model
+        staying = 2 * images * module.out_channels * places  # those of each image, and all of them put together
+        if self.image_parts_stay(images, pixels, dtype):
+            staying += (images - 1) * module.image_part_numbers(pixels)
+        return module.peak(pixels, stem_pool) * dtype.itemsize, staying * dtype.itemsize
+
 
 def _give_back(caches: tuple[FeatureCache, ...], patcher, unpatch_all: bool) -> None:
     """ON_DETACH callback: ComfyUI wants the memory, unless it only exchanges one clone of the patcher for another."""
