@@ -12,6 +12,8 @@ import argparse
 import world
 
 SIZES = (("sd15", 512, 512, 1), ("sdxl", 1024, 1024, 1), ("svd", 1024, 576, 25))
+BUS = 16e9  # bytes a second from host to GPU
+PACE = 80e12  # FLOPs a second that a UNet gets from a consumer's fastest GPU
 
 
 def main() -> None:
@@ -41,7 +43,7 @@ def main() -> None:
 
     shapes = world.stand_in.controlnext_shapes()
     module = ControlNeXtModule(solve_widths(shapes), shapes, device=meta, dtype=torch.float16)
-    rows, data = [], {}
+    rows, copies, data = [], [], {}
     for base, width, height, frames in SIZES:
         family, (model_class, config) = FAMILIES[base], UNETS[base]
         config = {"image_size": 32, "model_channels": 320, "use_spatial_transformer": True, "dtype": torch.float16,
@@ -61,7 +63,8 @@ def main() -> None:
         half, _ = count(unet, latent, transformer_options={}, **inputs, **video)
         image_part, part = count(module.image_part, image, family.stem_padding, family.stem_pool)
         whole, _ = count(module.timestep_part, part, timesteps)
-        size = halved((height // 8, width // 8), 1) if family.pool_first else None  # sd15 enters at down_0
+        enters = halved((height // 8, width // 8), 0 if family.place == "conv_in" else 1)
+        size = enters if family.pool_first else None
         timestep_part, _ = count(module.timestep_part, part, timesteps, size)
         first = timestep_part + (image_part / steps if base != "svd" else image_part)
         added = {"reference's way": 2 * (image_part + whole), "native ControlNet": None,
@@ -73,9 +76,14 @@ def main() -> None:
         picture = f"{width}x{height}" + (f", {frames} frames" if base == "svd" else "")
         rows.append([f"{base} {picture}", f"{2 * half / 1e12:.3f} T",
                      *("-" if flops is None else f"{flops / (2 * half):.2%}" for flops in added.values())])
-        data[base] = {"unet": 2 * half, "image_part": image_part, "timestep_part": timestep_part, "added": added}
+        kept = frames * module.out_channels * enters[0] * enters[1] * 2  # bytes
+        copies.append([f"{base} {picture}", f"{kept / 2 ** 20:.1f} MB", f"{1e3 * kept / BUS:.2f} ms",
+                       f"{kept / BUS / (2 * half / PACE):.2%}"])
+        data[base] = {"unet": 2 * half, "kept_bytes": kept, "image_part": image_part, "timestep_part": timestep_part, "added": added}
     world.report("flops", f"FLOPs that control adds to a step of the UNet, first run of {steps} steps",
                  ["base", "UNet", *added], rows, {"steps": steps, "flops": data})
+    print(world.table(["base", "kept a step, float16", f"copied at {BUS / 1e9:.0f} GB/s",
+                       f"of a step at {PACE / 1e12:.0f} TFLOP/s"], copies))
     print("A video's image parts are not kept in its first run, for they would need too much memory.")
 
 

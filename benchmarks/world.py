@@ -122,14 +122,19 @@ def save_sheet(name: str, rows: list) -> None:
 
 
 def report(name: str, title: str, header: list[str], rows: list[list[str]], data: dict) -> None:
-    """Print a table (as Markdown) and write it with ``data`` to results/NAME.json."""
-    cells = [header, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    print(f"\n{title}\n", *(f"| {line} |" for line in lines), sep="\n", flush=True)
+    """Print a table and write it with ``data`` to results/NAME.json."""
+    print(f"\n{title}\n\n{table(header, rows)}", flush=True)
     file = FOLDER / "results" / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
     data = {"title": title, "machine": machine(), "table": [header, *rows], **data}
     file.write_text(json.dumps(data, indent=1) + "\n")
     print(f"\nWritten to {file.relative_to(REPOSITORY)}")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
+    cells = [header, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join(f"| {line} |" for line in lines)
