@@ -64,8 +64,7 @@ def main() -> None:
         image_part, part = count(module.image_part, image, family.stem_padding, family.stem_pool)
         whole, _ = count(module.timestep_part, part, timesteps)
         enters = halved((height // 8, width // 8), 0 if family.place == "conv_in" else 1)
-        size = enters if family.pool_first else None
-        timestep_part, _ = count(module.timestep_part, part, timesteps, size)
+        timestep_part, _ = count(module.timestep_part, part, timesteps, enters if family.pool_first else None)
         first = timestep_part + (image_part / steps if base != "svd" else image_part)
         added = {"reference's way": 2 * (image_part + whole), "native ControlNet": None,
                  "ControlNeXt, first run": first, "ControlNeXt, second run": 0}
@@ -79,7 +78,8 @@ def main() -> None:
         kept = frames * module.out_channels * enters[0] * enters[1] * 2  # bytes
         copies.append([f"{base} {picture}", f"{kept / 2 ** 20:.1f} MB", f"{1e3 * kept / BUS:.2f} ms",
                        f"{kept / BUS / (2 * half / PACE):.2%}"])
-        data[base] = {"unet": 2 * half, "kept_bytes": kept, "image_part": image_part, "timestep_part": timestep_part, "added": added}
+        data[base] = {"unet": 2 * half, "image_part": image_part, "timestep_part": timestep_part, "added": added,
+                      "kept_bytes": kept}
     world.report("flops", f"FLOPs that control adds to a step of the UNet, first run of {steps} steps",
                  ["base", "UNet", *added], rows, {"steps": steps, "flops": data})
     print(world.table(["base", "kept a step, float16", f"copied at {BUS / 1e9:.0f} GB/s",

@@ -5,7 +5,7 @@ import comfy.samplers
 import torch
 
 FAMILIES = {"sd15": "sd15", "sd15_mid": "sd15", "sdxl": "sdxl", "svd": "svd", "svd_padded": "svd", "svd_mid": "svd"}
-FRAMES = 3
+FRAMES = 2
 
 
 def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = None, **extra) -> list:
@@ -21,7 +21,7 @@ def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = No
     return [[context, extra]]
 
 
-def sample(model, positive, negative, latent, cfg: float = 1.0, steps: int = 3, sampler: str = "euler", seed: int = 5,
+def sample(model, positive, negative, latent, cfg: float = 1.0, steps: int = 2, sampler: str = "euler", seed: int = 5,
            scheduler: str = "normal", **options) -> torch.Tensor:
     """KSampler's own path: the sampled latent."""
     noise = comfy.sample.prepare_noise(latent, seed)

@@ -5,7 +5,7 @@ import gc
 import comfy.model_management
 import pytest
 import torch
-from models import golden_unet, unet_model
+from models import golden_unet
 from safetensors.torch import save_file
 from sampling import cond, one_forward
 
@@ -138,24 +138,3 @@ def test_a_unet_that_gets_some_weights_from_a_file_equals_reference(run, goldens
     difference = goldens.difference("unet.safetensors", case["outputs"]["on"], result)
     print(f"{base}, {len(keys)} tensors from a file: {difference:.2e} of the output's std")
     assert difference <= BOUND[base]
-
-
-# without the fixture's mark `versions`, since it takes long
-@pytest.mark.parametrize("base", BASES, indirect=True, scope="module")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_within_two_percent_of_float32(run, goldens, models_folder, base, unet, dtype):
-    """On the goldens' inputs, with the family that most files of the base are of."""
-    variant = BASES[base][0]
-    case = goldens.unet[variant]["cases"][0]
-    results = {}
-    for precision in (torch.float32, dtype):
-        model = unet if precision == torch.float32 else unet_model(base, dtype)
-        if model is not unet:
-            weights = {key: value.to(dtype) for key, value in unet.model.diffusion_model.state_dict().items()}
-            model.model.diffusion_model.load_state_dict(weights, assign=True)
-        model = controlled(run, goldens, models_folder, model, variant, case)
-        results[precision] = one_forward(model, *forward_inputs(goldens, base, model, case)).float()
-    assert torch.isfinite(results[dtype]).all()
-    difference = (results[dtype] - results[torch.float32]).norm() / results[torch.float32].norm()
-    print(f"{variant} {dtype}: {float(difference):.2%} of the float32 result")
-    assert difference <= 0.02
