@@ -25,7 +25,7 @@ from .places import either, places_of
 from .preview import send_text, show_text
 from .training_data import Samples
 from .training_run import Run, TrainingControl, trainable_clone
-from .unet_loader import add_unet_weights
+from .unet_loader import BaseWeights, add_unet_weights
 
 FOLDER = "controlnext_training"  # in the output folder
 NONE = "none"
@@ -150,8 +150,9 @@ class ControlNeXtTrain(io.ComfyNode):
             controlnext = trained_controlnext(with_scale(state["module"], state["scale"]), state["family"],
                                               settings.resume_from, state["differences"], state.get("place"))
         control = _start(model, controlnext, settings.seed, settings.inject_at)
-        names = targets_of(model.model.diffusion_model.state_dict())
-        differences = _differences(model, names, controlnext, settings)
+        shapes = BaseWeights(model).shapes
+        names = targets_of(shapes)
+        differences = _differences(model, names, shapes, controlnext, settings)
         training = Training(control.module, differences, settings.learning_rate, settings.unet_learning_rate,
                             settings.ema, settings.seed, settings.warmup_steps, settings.grad_accumulation_steps)
         if state is not None:
@@ -169,7 +170,6 @@ class ControlNeXtTrain(io.ComfyNode):
         trained = trained_controlnext(with_scale(weights, control.scale), control.family.name,
                                       settings.filename_prefix, differences, control.place_name)
         if differences:
-            shapes = {key: value.shape for key, value in model.model.diffusion_model.state_dict().items()}
             model = add_unet_weights(model, read(differences, settings.filename_prefix, shapes), "difference", 1.0)
         return io.NodeOutput(trained, {"loss": training.losses}, training.step, model)
 
@@ -268,13 +268,13 @@ def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "
     return TrainingControl(module.to(model.load_device), family, place, inject_at, scale)
 
 
-def _differences(model, names: dict[str, Target], controlnext: ControlNeXt | None, settings) -> dict[str, torch.Tensor]:
+def _differences(model, names: dict[str, Target], shapes: dict[str, tuple], controlnext: ControlNeXt | None,
+                 settings) -> dict[str, torch.Tensor]:
     """{diffusers name: difference to start from} of the UNet weights to train. ValueError: the pattern fits none."""
-    shapes = model.model.diffusion_model.state_dict()
     found = {}
     if settings.trainable == WITH_UNET:
         pattern = settings.unet_pattern or UNET_PATTERNS[base_of_model(model.model)]
-        found = {name: torch.zeros(target.shape(shapes[target.key].shape))
+        found = {name: torch.zeros(target.shape(shapes[target.key]))
                  for name, target in select_weights(names, pattern).items()}
         if not found:
             raise ValueError(f"unet_pattern: no UNet weight of the connected MODEL has {pattern} in its name; clear it "
@@ -284,6 +284,10 @@ def _differences(model, names: dict[str, Target], controlnext: ControlNeXt | Non
         raise ValueError(f"controlnext: {controlnext.name} was trained with UNet weights that the connected MODEL "
                          f"lacks ({min(foreign)}); connect the MODEL that it is for.")
     found |= given
+    weights = dict(model.model.diffusion_model.named_parameters())
+    if any(not weights[names[name].key].is_floating_point() for name in found if names[name].key in weights):
+        raise ValueError("trainable: the connected MODEL is in GGUF, whose layers add nothing to their weights while "
+                         "they train; connect the same model in fp16 or fp8, or set trainable to module.")
     return {name: value.to(model.load_device) for name, value in found.items()}
 
 

@@ -1,7 +1,11 @@
 """Load ControlNeXt UNet Weights."""
 
+import sys
+
 import comfy.lora
 import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
 import torch
 from comfy_api.latest import io
 
@@ -58,18 +62,51 @@ class ControlNeXtUNetLoader(io.ComfyNode):
 
 
 class BaseWeights:
-    """The UNet weights of a MODEL (a ModelPatcher) with merges and replacements, without LoRAs and differences."""
+    """The UNet weights of a MODEL (a ModelPatcher) with merges and replacements, without LoRAs and differences.
+
+    Quantised ones (8-bit floats, scaled ones, GGUF) have the shape and the values that the MODEL computes with.
+
+    Raises:
+        ValueError: they are packed in a form that only the MODEL's own layers read.
+    """
 
     def __init__(self, model):
-        self.patches = model.get_key_patches(PREFIX)
-        self.shapes = {key[len(PREFIX):]: tuple(patches[0][0].shape) for key, patches in self.patches.items()}
+        self.model = model
+        parameters = dict(model.model.named_parameters())
+        # a quantised layer's state dict holds its scales too, and its weights as they are stored
+        weights = parameters | dict(model.model.named_buffers())
+        self.shapes = {key[len(PREFIX):]: tuple(weights[key].shape) for key in model.model_state_dict(PREFIX)
+                       if key in weights}
+        for key, weight in parameters.items():
+            if not weight.is_floating_point() and _ggml_dequantize(weight) is None:
+                layer = type(comfy.utils.get_attr(model.model, key.rpartition(".")[0]))
+                raise ValueError(f"model: the weights of the connected MODEL are packed as "
+                                 f"{str(weight.dtype).removeprefix('torch.')} in layers of {layer.__qualname__}, which "
+                                 "ComfyUI can neither read nor add to; connect the same model in fp16, fp8 or GGUF.")
 
     def __call__(self, key: str) -> torch.Tensor:
         """One weight in float32, by its name without ``diffusion_model.``."""
-        (weight, convert), *patches = self.patches[PREFIX + key]
+        key = PREFIX + key
+        # as in ModelPatcher.get_key_patches, which fails on a quantised layer's scales
+        weight, _, convert = comfy.model_patcher.get_key_weight(self.model.model, key)
+        if key in self.model.backup:
+            weight = self.model.backup[key].weight
+        if key in self.model.hook_backup:
+            weight = self.model.hook_backup[key][0]
         device = comfy.model_management.get_torch_device()
-        weight = convert(comfy.model_management.cast_to_device(weight, device, torch.float32, copy=True), inplace=True)
-        return comfy.lora.calculate_weight(split_patches(patches)[0], weight, PREFIX + key)
+        if weight.is_floating_point():
+            weight = comfy.model_management.cast_to_device(weight, device, torch.float32, copy=True)
+        else:
+            weight = _ggml_dequantize(weight)(weight.to(device), torch.float32)
+        if convert is not None:
+            weight = convert(weight, inplace=True)
+        base_patches, _ = split_patches(self.model.patches.get(key, ()))
+        return comfy.lora.calculate_weight(base_patches, weight.as_subclass(torch.Tensor), key)
+
+
+def _ggml_dequantize(weight: torch.Tensor):
+    """ComfyUI-GGUF's own function for its tensors, which stands beside their class; None for any other tensor."""
+    return getattr(sys.modules[type(weight).__module__], "dequantize_tensor", None)
 
 
 def load_unet_weights(name: str, base: BaseWeights) -> UNetWeights:
