@@ -1,8 +1,8 @@
 """The main job under ComfyUI's flags for precision and for what it keeps: the picture that it gives without them.
 
 On a CPU --force-fp16 and --fp8_e4m3fn-unet change how weights are kept, not what they are computed in, and
---disable-dynamic-vram changes nothing. --lowvram and --novram exclude --cpu: tests/comfy/test_quantised.py has control on a
-MODEL of which ComfyUI loads a part.
+--disable-dynamic-vram changes nothing. --lowvram and --novram exclude --cpu: tests/comfy/test_quantised.py has control
+on a MODEL of which ComfyUI loads a part.
 """
 
 import comfy_client
