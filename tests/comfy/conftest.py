@@ -71,13 +71,13 @@ def pack(comfy_nodes):
 
 @pytest.fixture(scope="session")
 def demonstrate(run, models_folder):
-    """demonstrate(count): the demonstration's trained model for the first `count` held-out drawings, None for all."""
+    """demonstrate(slice): the demonstration's trained model for these of the held-out drawings."""
     from demo_model import provide
     from demo_model.measure import Demonstration
     from demo_model.world import load_held_out
     provide.provide(Path(os.environ["COMFYUI_PATH"]), models_folder)
     drawings, captions = load_held_out(provide.WEIGHTS)
-    return lambda count: Demonstration(run, drawings[:count], captions[:count])
+    return lambda some: Demonstration(run, drawings[some], captions[some])
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from demo_model.style_lora import INK, PAPER
 
 @pytest.fixture(scope="module")
 def demonstration(demonstrate) -> Demonstration:
-    return demonstrate(4)
+    return demonstrate(slice(4))
 
 
 def test_every_key_of_the_lora_is_taken(demonstration, caplog):
