@@ -93,13 +93,12 @@ def load_base():
     from safetensors.torch import load_file
 
     from demo_model import provide
-    from demo_model.autoencoder import SD15_SCALE, Autoencoder
+    from demo_model.autoencoder import load_narrow
+    from demo_model.bases import BASES
     from demo_model.denoiser import new_unet
     tensors = load_file(provide.source(provide.CHECKPOINT))
-    unet, autoencoder, vae = new_unet(), Autoencoder(), provide.part(tensors, provide.VAE)
-    deviation = vae.pop("vae_scale").item() / SD15_SCALE
-    del vae["vae_shift"]
-    autoencoder.load_state_dict(vae)
+    unet, vae = new_unet(), provide.part(tensors, provide.VAE)
+    autoencoder, deviation = load_narrow(vae), vae["vae_scale"].item() / BASES["sd15"].scale
     unet.load_state_dict(provide.part(tensors, provide.UNET))
     return unet, autoencoder.eval().requires_grad_(False), deviation
 
@@ -109,13 +108,15 @@ def draw(model, captions, images, autoencoder, deviation: float):
     import torch
     from comfy.k_diffusion.sampling import get_sigmas_karras, sample_dpmpp_2m
     from comfy.model_sampling import ModelSamplingDiscrete
+
+    from demo_model.loop import mixed_precision
     schedule = ModelSamplingDiscrete()
     sigmas = get_sigmas_karras(SAMPLING_STEPS, schedule.sigma_min.item(), schedule.sigma_max.item())
     device = autoencoder.taesd_decoder[1].weight.device
 
     def denoise(x, sigma):
         scaled = x / (sigma ** 2 + 1).sqrt().view(-1, 1, 1, 1)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             noise = model(scaled, schedule.timestep(sigma).float().to(device), captions, images)
         return x - sigma.view(-1, 1, 1, 1) * noise.float()
 
@@ -131,9 +132,10 @@ def learn(kind: str, folder) -> dict:
     import torch
 
     from demo_model.agreement import drawn_edges, edge_f1
+    from demo_model.bases import BASES
     from demo_model.denoiser import denoising_loss
     from demo_model.loop import train
-    from demo_model.samples import Samples, as_image, control_maps, encode, load_contexts, varied_drawings
+    from demo_model.samples import Samples, as_image, control_maps, encode, load_texts, varied_drawings
     from demo_model.world import load_world, to_drawings
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,8 +144,9 @@ def learn(kind: str, folder) -> dict:
     drawn = load_world(folder)
 
     varied = varied_drawings(drawn)
-    latents, _ = encode(varied, autoencoder.taesd_encoder)
-    samples = Samples(latents, load_contexts(drawn, folder), control_maps(varied, drawn_edges), drawn)
+    latents = encode(varied, autoencoder.taesd_encoder)
+    captions, _ = load_texts(drawn, folder, BASES["sd15"])
+    samples = Samples(latents / latents.std(), captions, control_maps(varied, drawn_edges), drawn)
     torch.manual_seed(0)
     model, rates = controlled(kind, unet)
     model.to(device)

@@ -64,12 +64,12 @@ class Pack(in_process.Pack):
         save_file(stand_in.random_weights(stand_in.controlnext_shapes(), seed=0), file)
         return self.run("ControlNeXtLoader", controlnext_name=file.name, variant=variant)
 
-    def demonstration(self, drawings, captions: list[str], cfg: float = 1.0):
-        """The demonstration's trained model, drawing for these captions (demo_model/measure.py)."""
+    def demonstration(self, drawings, captions: list[str], cfg: float = 1.0, base: str = "sd15"):
+        """The demonstration's trained model of a base, drawing for these captions (demo_model/measure.py)."""
         from demo_model import provide
         from demo_model.measure import Demonstration
         provide.provide(Path(os.environ["COMFYUI_PATH"]), self.models)
-        return Demonstration(self.run, drawings, captions, cfg)
+        return Demonstration(self.run, drawings, captions, cfg, base)
 
 
 def unet(base: str, dtype, cut: bool):

@@ -1,4 +1,4 @@
-"""The VAE: TAESD's architecture, which ComfyUI knows, half as wide, and widened with zeros when it is saved."""
+"""The VAEs: TAESD's architecture, which ComfyUI knows, half as wide, and widened with zeros when they are saved."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ import torch.nn.functional as F
 from comfy.taesd.taesd import TAESD, Block, Clamp, conv
 from torch import nn
 
-from demo_model.loop import initialise
+from demo_model.bases import Base
+from demo_model.loop import initialise, mixed_precision
 from demo_model.world import draw_variations, vary
 
 WIDTH = 32
 BATCH, CROP = 16, 64  # pictures, pixels on a side
 LEARNING_RATE = 1e-3
 LATENT_NOISE = 0.05  # so that near latents mean near pictures
-SD15_SCALE = 0.18215  # from a VAE's latents to the UNet's, in ComfyUI's SD1.5 latent format
 
 
 class Autoencoder(nn.Module):
-    """Pictures (N, 3, H, W) in [0, 1] to latents (N, 4, H/8, W/8) and back; layers by TAESD's names, in its order."""
+    """Pictures (N, 3, H, W) in [0, 1] to latents (N, C, H/8, W/8) and back; layers by TAESD's names, in its order.
 
-    def __init__(self, width: int = WIDTH):
+    Args:
+        channels: C, of the latents.
+    """
+
+    def __init__(self, channels: int = 4, width: int = WIDTH):
         super().__init__()
+        self.channels = channels
 
         def blocks(count: int) -> list[nn.Module]:
             return [Block(width, width) for _ in range(count)]
@@ -34,8 +39,9 @@ class Autoencoder(nn.Module):
         def double() -> list[nn.Module]:
             return [*blocks(3), nn.Upsample(scale_factor=2), conv(width, width, bias=False)]
 
-        self.taesd_encoder = nn.Sequential(conv(3, width), *blocks(1), *halve(), *halve(), *halve(), conv(width, 4))
-        self.taesd_decoder = nn.Sequential(Clamp(), conv(4, width), nn.ReLU(), *double(), *double(), *double(),
+        self.taesd_encoder = nn.Sequential(conv(3, width), *blocks(1), *halve(), *halve(), *halve(),
+                                           conv(width, channels))
+        self.taesd_decoder = nn.Sequential(Clamp(), conv(channels, width), nn.ReLU(), *double(), *double(), *double(),
                                            *blocks(1), conv(width, 3))
         initialise(self)
         for layer in self.modules():
@@ -46,6 +52,12 @@ class Autoencoder(nn.Module):
         latents = self.taesd_encoder(images)
         return self.taesd_decoder(latents + LATENT_NOISE * noise), latents
 
+    def begin_as(self, other: Autoencoder) -> None:
+        """Take over one of fewer channels, which are the first ones here."""
+        tensors = self.state_dict()
+        for name, tensor in other.state_dict().items():
+            tensors[name][tuple(slice(side) for side in tensor.shape)] = tensor
+
 
 def autoencoder_loss(model: Autoencoder, images: torch.Tensor) -> Callable[[torch.Generator], torch.Tensor]:
     """The loss of a batch of crops: how far colours and edges are off, at the pixel and at the latent's scale."""
@@ -54,8 +66,8 @@ def autoencoder_loss(model: Autoencoder, images: torch.Tensor) -> Callable[[torc
         varied = vary(images[rows], draw_variations(BATCH, generator).to(images.device))
         top, left = torch.randint(images.shape[-1] - CROP + 1, (2,), generator=generator).tolist()
         target = varied[:, :, top:top + CROP, left:left + CROP].contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(BATCH, 4, CROP // 8, CROP // 8, generator=generator).to(images.device)
-        with torch.autocast(images.device.type, torch.bfloat16):
+        noise = torch.randn(BATCH, model.channels, CROP // 8, CROP // 8, generator=generator).to(images.device)
+        with mixed_precision(images.device):
             decoded, latents = model(target, noise)
         error = decoded.float() - target
         return (error.abs().mean() + 4 * error.square().mean() + 2 * F.avg_pool2d(error, 8).abs().mean()
@@ -65,19 +77,27 @@ def autoencoder_loss(model: Autoencoder, images: torch.Tensor) -> Callable[[torc
     return loss_of_batch
 
 
-def narrow_vae(model: Autoencoder, latent_deviation: float) -> dict[str, torch.Tensor]:
-    """The VAE's tensors for a file: `model` and what the UNet's latents are to the encoder's.
+def narrow_vae(model: Autoencoder, mean: float, deviation: float, base: Base) -> dict[str, torch.Tensor]:
+    """The VAE's tensors for a file: `model` and what the denoiser's latents are to the encoder's.
 
     Args:
-        latent_deviation: of the encoder's latents; the UNet gets them divided by it.
+        mean, deviation: of the encoder's latents; the denoiser gets them with mean 0 and deviation 1.
     """
-    scale = torch.tensor(latent_deviation * SD15_SCALE)
-    return model.state_dict() | {"vae_scale": scale, "vae_shift": torch.tensor(0.0)}
+    shift = base.shift - mean / (deviation * base.scale)
+    return model.state_dict() | {"vae_scale": torch.tensor(deviation * base.scale), "vae_shift": torch.tensor(shift)}
+
+
+def load_narrow(narrow: dict[str, torch.Tensor]) -> Autoencoder:
+    """The autoencoder that ``narrow_vae`` made the tensors of."""
+    model = Autoencoder(len(narrow["taesd_encoder.14.bias"]))
+    model.load_state_dict({name: tensor for name, tensor in narrow.items() if not name.startswith("vae_")})
+    return model
 
 
 def widened(narrow: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """TAESD's state dict that computes exactly what ``narrow_vae`` does: the added channels are zeros throughout."""
-    full = {name: torch.zeros_like(tensor, dtype=torch.float16) for name, tensor in TAESD().state_dict().items()}
+    taesd = TAESD(latent_channels=len(narrow["taesd_encoder.14.bias"]))
+    full = {name: torch.zeros_like(tensor, dtype=torch.float16) for name, tensor in taesd.state_dict().items()}
     for name, tensor in narrow.items():
         full[name][tuple(slice(side) for side in tensor.shape)] = tensor
     return full

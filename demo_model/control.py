@@ -1,7 +1,7 @@
 """The demonstration's controls, trained as a user of the pack trains one: with Train ControlNeXt and ComfyUI's nodes.
 
-Each is a narrow ControlNeXt that enters after the first convolution, as an SDXL one does, since this UNet has one level
-and so lacks SD1.5's own place; and a few UNet weights.
+Each is a narrow ControlNeXt, and a few of the denoiser's weights. The UNet's enters after the first convolution, as an
+SDXL one does, since this UNet has one level and so lacks SD1.5's own place.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from controlnext_core.families import FAMILIES
 from controlnext_core.training import new_module
-from demo_model import provide
 from demo_model.agreement import drawn_region
+from demo_model.bases import Base
 from demo_model.samples import varied_drawings
 from demo_model.world import World, to_drawings
 
@@ -26,23 +26,29 @@ NARROW = "narrow.safetensors"
 SWAPPED_CAPTIONS = {"canny": 0.3, "mask": 0.0}
 SETTINGS = {
     "batch_size": 8, "learning_rate": 1e-3, "unet_learning_rate": 3e-4, "trainable": "module and UNet weights",
-    # the reference's for SD1.5, and the convolution that meets the features, since so small a UNet has one chance
-    "unet_pattern": r"to_out|down_blocks.*conv1",
-    "inject_at": "conv_in", "training_dtype": "fp32", "gradient_checkpointing": False,
-    "min_snr_gamma": 0.1,  # low, for control is about where things are, which is settled while noise prevails
+    "training_dtype": "fp32", "gradient_checkpointing": False,
     "caption_dropout": 0.3,  # more than usual: control is to work without a prompt as well
     "warmup_steps": 100, "ema": 0.995, "seed": 0, "save_every": 250, "preview_every": 0,
 }
+BASE_SETTINGS = {
+    "sd15": {
+        # the reference's, and the convolution that meets the features, since so small a UNet has one chance
+        "unet_pattern": r"to_out|down_blocks.*conv1",
+        "inject_at": "conv_in",
+        "min_snr_gamma": 0.1,  # low, for control is about where things are, which is settled while noise prevails
+    },
+    "sd3": {"unet_pattern": "to_out", "inject_at": "tokens", "min_snr_gamma": 0.0},
+}
 
 
-def dataset(run: Callable, world: World, kind: str, file: Path) -> dict:
+def dataset(run: Callable, world: World, base: Base, kind: str, file: Path) -> dict:
     """Inputs of Train ControlNeXt: the drawings that training may see in their variations, captions, control images.
 
     Args:
         run: executes a node and returns its output, or all of them where it has several.
         file: keeps latents and encoded captions, for they take minutes.
     """
-    model, clip, vae = run("CheckpointLoaderSimple", ckpt_name=provide.CHECKPOINT)
+    model, clip, vae = run("CheckpointLoaderSimple", ckpt_name=base.checkpoint)
     varied = varied_drawings(world)
     pictures = [varied[index].movedim(1, -1) for index in world.training]
     if not file.exists():
@@ -67,20 +73,22 @@ def control_images(run: Callable, pictures: torch.Tensor, kind: str) -> torch.Te
     return torch.from_numpy(regions).float()[..., None].expand(-1, -1, -1, 3)
 
 
-def train(run: Callable, base: Path, world: World, kind: str, steps: int) -> Path:
+def train(run: Callable, folder: Path, world: World, base: Base, kind: str, steps: int, encoded: Path) -> Path:
     """Train a control, from where an earlier call was stopped; returns the folder that Save ControlNeXt Model wrote.
 
     Args:
-        base: ComfyUI's base directory.
+        folder: ComfyUI's base directory.
+        encoded: keeps latents and encoded captions of this base.
     """
-    output = base / "output"
-    save_file(new_module(FAMILIES["sd15"], **WIDTHS).state_dict(), base / "models" / "controlnext" / NARROW)
-    settings = SETTINGS | {"steps": steps, "filename_prefix": kind}
-    kept = output.glob(f"controlnext_training/{kind}_*.pt")
+    output, name = folder / "output", f"{base.name}_{kind}"
+    narrow = new_module(FAMILIES[base.name], **WIDTHS, out=base.width).state_dict()
+    save_file(narrow, folder / "models" / "controlnext" / NARROW)
+    settings = SETTINGS | BASE_SETTINGS[base.name] | {"steps": steps, "filename_prefix": name}
+    kept = output.glob(f"controlnext_training/{name}_*.pt")
     if latest := max(kept, key=lambda file: file.stat().st_mtime, default=None):
         settings["resume_from"] = latest.name
-    settings["controlnext"] = run("ControlNeXtLoader", controlnext_name=NARROW, variant="sd15")
-    controlnext, *_ = run("ControlNeXtTrain", **dataset(run, world, kind, base / "encoded.pt"),
+    settings["controlnext"] = run("ControlNeXtLoader", controlnext_name=NARROW, variant=base.name)
+    controlnext, *_ = run("ControlNeXtTrain", **dataset(run, world, base, kind, encoded),
                           **{name: [value] for name, value in settings.items()})
-    run("ControlNeXtSave", controlnext=controlnext, filename_prefix=f"controlnext/{kind}")
-    return max(output.glob(f"controlnext/{kind}_*"))
+    run("ControlNeXtSave", controlnext=controlnext, filename_prefix=f"controlnext/{name}")
+    return max(output.glob(f"controlnext/{name}_*"))

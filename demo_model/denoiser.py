@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from demo_model.loop import initialise
+from demo_model.loop import initialise, mixed_precision
 from demo_model.samples import TIMESTEPS, Samples
 
 UNET = {
@@ -47,12 +47,13 @@ def denoising_loss(predict: Callable, samples: Samples, device: torch.device, dr
             coarse structure.
     """
     def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
-        x0, caption, image, noise, timestep = (
+        x0, caption, image, noise, level = (
             value if value is None else value.to(device) for value in samples.batch(generator, dropped, swapped))
+        timestep = (level * TIMESTEPS).long().clamp(max=TIMESTEPS - 1)
         alpha = ALPHAS.to(device)[timestep]
         x = alpha.sqrt()[:, None, None, None] * x0 + (1 - alpha).sqrt()[:, None, None, None] * noise
-        with torch.autocast(device.type, torch.bfloat16):
-            predicted = predict(x, timestep.float(), caption, image)
+        with mixed_precision(device):
+            predicted = predict(x, timestep.float(), caption.float(), image)
         snr = alpha / (1 - alpha)
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         return (error * (snr + SNR_OFFSET).clamp(max=snr_limit) / snr).mean()

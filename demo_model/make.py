@@ -1,6 +1,6 @@
-"""Makes the demonstration's weights: VAE, UNet, and ControlNeXt for Canny and for mask, trained on drawings.
+"""Makes a base of the demonstration: VAE, denoiser, and ControlNeXt for Canny and for mask, trained on drawings.
 
-    python demo_model/make.py
+    python demo_model/make.py --base sd3
 
 Sets up ComfyUI and its Python environment on the first call, as the demo does, fetches the drawings with npm, and
 trains one after the other; stopped and called again, it goes on where it was. The controls are trained by Train
@@ -20,8 +20,9 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyU
 
 import environment  # noqa: E402
 
-STEPS = {"autoencoder": 4000, "decoder": 3000, "unet": 12000, "canny": 3500, "mask": 900}
-STAGES = ("autoencoder", "decoder", "unet", "checkpoint", "canny", "mask")
+from demo_model.bases import BASES, Base  # noqa: E402
+
+STAGES = ("autoencoder", "decoder", "denoiser", "checkpoint", "canny", "mask")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("stages", nargs="*", metavar="STAGE",
                         help=f"what to make, of {', '.join(STAGES)} (default: all in turn); those before it are made, "
                              f"too, but canny and mask need nothing more than the checkpoint in --weights")
+    parser.add_argument("--base", choices=BASES, default="sd15", help="(default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="for its state (default: demo_model in the cache folder)")
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights",
                         help="folder for what is made (default: %(default)s)")
@@ -36,26 +38,33 @@ def parse_arguments() -> argparse.Namespace:
     # Set when the script runs again in the Python that runs ComfyUI.
     parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if unknown := set(options.stages) - set(STAGES):
-        parser.error(f"{min(unknown)} is none of {', '.join(STAGES)}")
+    options.base = BASES[options.base]
+    if unknown := set(options.stages) - set(stages_of(options.base)):
+        parser.error(f"{min(unknown)} is none of {', '.join(stages_of(options.base))}")
     return options
 
 
-class Making:
-    """The stages of the training in `folder`. Each takes what it needs from the stages before it, which are done."""
+def stages_of(base: Base) -> list[str]:
+    """What there is to make of a base, in turn."""
+    return [stage for stage in STAGES if stage == "checkpoint" or stage in base.steps]
 
-    def __init__(self, folder: Path, weights: Path, share: float):
+
+class Making:
+    """The stages of a base's training in `folder`. Each takes what it needs from those before it, which are done."""
+
+    def __init__(self, base: Base, folder: Path, weights: Path, share: float):
         import torch
 
         from demo_model import world
-        self.folder, self.weights = folder, weights
+        self.base, self.folder, self.weights = base, folder, weights
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.steps = {stage: max(1, round(count * share)) for stage, count in STEPS.items()}
+        self.steps = {stage: max(1, round(count * share)) for stage, count in base.steps.items()}
         self.world = world.load_world(folder)
 
     def train(self, stage: str, model, loss_of_batch, rates: list[dict], **options):
         from demo_model.loop import train
-        return train(model, loss_of_batch, rates, self.steps[stage], self.folder / f"{stage}.pt", **options)
+        return train(model, loss_of_batch, rates, self.steps[stage],
+                     self.folder / f"{self.base.name}_{stage}.pt", **options)
 
     def seen(self):
         """The images that training may see."""
@@ -68,9 +77,20 @@ class Making:
 
         from demo_model.autoencoder import LEARNING_RATE, Autoencoder, autoencoder_loss
         torch.manual_seed(0)
-        model = Autoencoder().to(self.device, memory_format=torch.channels_last)
+        model = Autoencoder(self.base.channels)
+        if self.base.start:
+            model.begin_as(self.trained_vae(BASES[self.base.start]))
+        model = model.to(self.device, memory_format=torch.channels_last)
         return self.train("autoencoder", model, autoencoder_loss(model, self.seen()),
-                          [{"params": list(model.parameters()), "lr": LEARNING_RATE}])
+                          [{"params": list(model.parameters()), "lr": LEARNING_RATE}], average=0.99)
+
+    def trained_vae(self, base: Base):
+        """The autoencoder in the checkpoint of another base."""
+        from safetensors.torch import load_file
+
+        from demo_model import provide
+        from demo_model.autoencoder import load_narrow
+        return load_narrow(provide.part(load_file(provide.source(base.checkpoint)), provide.VAE))
 
     def decoder(self):
         """The decoder alone, further."""
@@ -78,7 +98,7 @@ class Making:
         model = self.autoencoder()
         model.taesd_decoder.requires_grad_(True)
         return self.train("decoder", model, autoencoder_loss(model, self.seen()),
-                          [{"params": list(model.taesd_decoder.parameters()), "lr": LEARNING_RATE / 2}])
+                          [{"params": list(model.taesd_decoder.parameters()), "lr": LEARNING_RATE / 2}], average=0.99)
 
     @cached_property
     def varied(self):
@@ -87,22 +107,36 @@ class Making:
 
     @cached_property
     def latents(self):
-        """(latents of the varied drawings with deviation 1, the encoder's deviation)."""
+        """(latents of the varied drawings with mean 0 and deviation 1, the encoder's mean, its deviation)."""
         from demo_model.samples import encode
-        return encode(self.varied, self.autoencoder().taesd_encoder)
+        latents = encode(self.varied, self.autoencoder().taesd_encoder)
+        mean, deviation = latents.mean().item(), latents.std().item()
+        return (latents - mean) / deviation, mean, deviation
 
-    def samples(self, latents, controls=None):
-        from demo_model.samples import Samples, load_contexts
-        return Samples(latents, load_contexts(self.world, self.folder), controls, self.world)
+    def denoiser(self):
+        """UNet or transformer, of upright drawings; a control meets mirrored ones as well."""
+        from demo_model.samples import UPRIGHT, load_texts
+        texts = load_texts(self.world, self.folder, self.base)
+        model, loss, rate = getattr(self, self.base.name)(self.latents[0][:, :UPRIGHT], texts)
+        return self.train("denoiser", model, loss, [{"params": list(model.parameters()), "lr": rate}])
 
-    def unet(self):
-        """The denoiser, of upright drawings; a control meets mirrored ones as well."""
+    def sd15(self, latents, texts):
+        """The UNet, the loss of a batch, the learning rate."""
         from demo_model.denoiser import LEARNING_RATE, denoising_loss, new_unet
-        from demo_model.samples import UPRIGHT
+        from demo_model.samples import Samples
         unet = new_unet().to(self.device)
         loss = denoising_loss(lambda x, timestep, caption, _: unet(x, timesteps=timestep, context=caption),
-                              self.samples(self.latents[0][:, :UPRIGHT]), self.device)
-        return self.train("unet", unet, loss, [{"params": list(unet.parameters()), "lr": LEARNING_RATE}])
+                              Samples(latents, texts[0], None, self.world), self.device)
+        return unet, loss, LEARNING_RATE
+
+    def sd3(self, latents, texts):
+        """The transformer, the loss of a batch, the learning rate."""
+        from demo_model.samples import Samples
+        from demo_model.text import Texts
+        from demo_model.transformer import LEARNING_RATE, flow_loss, new_transformer
+        transformer = new_transformer(self.base).to(self.device)
+        loss = flow_loss(transformer, Samples(latents, Texts(*texts), None, self.world), self.device)
+        return transformer, loss, LEARNING_RATE
 
     @cached_property
     def pack(self):
@@ -112,8 +146,8 @@ class Making:
 
         from demo_model import provide
         pack = in_process.Pack()
-        stand_in.save(provide.checkpoint(self.weights / provide.CHECKPOINT),
-                      pack.models / "checkpoints" / provide.CHECKPOINT)
+        stand_in.save(provide.checkpoint(self.base, self.weights),
+                      pack.models / "checkpoints" / self.base.checkpoint)
         return pack
 
     def canny(self) -> None:
@@ -128,27 +162,30 @@ class Making:
         from safetensors.torch import load_file
 
         from demo_model.control import train
-        folder = train(self.pack.run, self.pack.models.parent, self.world, kind, self.steps[kind])
+        folder = train(self.pack.run, self.pack.models.parent, self.world, self.base, kind, self.steps[kind],
+                       self.folder / f"{self.base.name}_encoded.pt")
         for file in folder.iterdir():
             with safe_open(file, "pt") as opened:
-                self.save(load_file(file), f"{kind}_{file.name}", opened.metadata())
+                self.save(load_file(file), f"{self.base.prefix}{kind}_{file.name}", opened.metadata())
 
     def checkpoint(self) -> None:
-        """Write UNet and VAE, and the drawings that they never saw."""
+        """Write denoiser and VAE, and the drawings that they never saw."""
         from demo_model.autoencoder import narrow_vae
-        from demo_model.provide import CHECKPOINT, UNET, VAE
+        from demo_model.provide import UNET, VAE
         from demo_model.world import save_held_out
-        tensors = {UNET + name: tensor for name, tensor in self.unet().state_dict().items()}
-        vae = narrow_vae(self.decoder(), self.latents[1])
+        tensors = {UNET + name: tensor for name, tensor in self.denoiser().state_dict().items()}
+        vae = narrow_vae(self.decoder(), *self.latents[1:], self.base)
         tensors |= {VAE + name: tensor for name, tensor in vae.items()}
-        self.save(tensors, CHECKPOINT)
+        self.save(tensors, self.base.checkpoint)
         save_held_out(self.world, self.weights)
 
-    def save(self, tensors: dict, file: str, metadata: dict | None = None) -> None:
+    def save(self, tensors: dict, name: str, metadata: dict | None = None) -> None:
         from safetensors.torch import save_file
+
+        from demo_model.provide import source
         self.weights.mkdir(exist_ok=True)
-        save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, self.weights / file,
-                  metadata)
+        save_file({key: tensor.half().cpu().contiguous() for key, tensor in tensors.items()},
+                  self.weights / source(name).name, metadata)
 
 
 def main() -> None:
@@ -163,8 +200,8 @@ def main() -> None:
                     *([] if torch.cuda.is_available() else ["--cpu"])]
         import comfy.options
         comfy.options.enable_args_parsing()
-        making = Making(folder, options.weights, options.share)
-        for stage in options.stages or STAGES:
+        making = Making(options.base, folder, options.weights, options.share)
+        for stage in options.stages or stages_of(options.base):
             getattr(making, stage)()
         print(f"The weights are in {options.weights}")
     else:

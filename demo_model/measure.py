@@ -12,11 +12,10 @@ import torch
 
 from demo_model import provide
 from demo_model.agreement import drawn_region, edge_f1, iou
+from demo_model.bases import BASES
 from demo_model.world import SIZE
 
-SAMPLER = {"steps": 12, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
 BATCH = 16
-CONTROLS = {"canny": (provide.CANNY, provide.CANNY_UNET), "mask": (provide.MASK, provide.MASK_UNET)}
 
 
 class Demonstration:
@@ -26,11 +25,13 @@ class Demonstration:
         drawings: (N, SIZE, SIZE, 3) uint8 RGB, what the control images are made of.
         captions: N prompts.
         cfg: scale of guidance, 1 for none.
+        base: a key of ``BASES``.
     """
 
-    def __init__(self, run: Callable, drawings: np.ndarray, captions: list[str], cfg: float = 1.0):
-        self.run, self.cfg = run, cfg
-        self.model, self.clip, self.vae = run("CheckpointLoaderSimple", ckpt_name=provide.CHECKPOINT)
+    def __init__(self, run: Callable, drawings: np.ndarray, captions: list[str], cfg: float = 1.0,
+                 base: str = "sd15"):
+        self.run, self.cfg, self.base = run, cfg, BASES[base]
+        self.model, self.clip, self.vae = run("CheckpointLoaderSimple", ckpt_name=self.base.checkpoint)
         self.prompts = [run("CLIPTextEncode", clip=self.clip, text=caption) for caption in ("", *captions)]
         self.images = torch.from_numpy(drawings).float() / 255
 
@@ -45,7 +46,7 @@ class Demonstration:
 
     def controlled(self, kind: str, controls: np.ndarray, strength: float, model=None):
         """A MODEL under control, a picture of the batch for each of (N, H, W) bool."""
-        file, unet_file = CONTROLS[kind]
+        file, unet_file = (f"{self.base.prefix}{kind}_{part}.safetensors" for part in ("controlnet", "unet"))
         model = self.run("ControlNeXtUNetLoader", model=model or self.model, mode="auto", strength=1.0,
                          unet_name=unet_file)
         controlnext = self.run("ControlNeXtLoader", controlnext_name=file, variant="auto")
@@ -67,10 +68,12 @@ class Demonstration:
             controlled = model or self.model
             if controls is not None:
                 controlled = self.controlled(kind, controls[rows], strength, model)
-            context = torch.cat([prompt[0][0] for prompt in self.prompts[1:][rows]])
-            latent = self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(context))
-            latent = self.run("KSampler", model=controlled, positive=[[context, {}]], negative=self.prompts[0],
-                              latent_image=latent, seed=seed * 1000 + first, cfg=self.cfg, **SAMPLER)
+            contexts, extras = zip(*(prompt[0] for prompt in self.prompts[1:][rows]), strict=True)
+            positive = [torch.cat(contexts), {"pooled_output": torch.cat([e["pooled_output"] for e in extras])}]
+            latent = self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(contexts))
+            latent = self.run("KSampler", model=controlled, positive=[positive], negative=self.prompts[0],
+                              latent_image=latent, seed=seed * 1000 + first, cfg=self.cfg,
+                              denoise=1.0, **self.base.sampler)
             pictures.append(self.run("VAEDecode", samples=latent, vae=self.vae))
         return torch.cat(pictures)
 

@@ -3,8 +3,8 @@
     python provide.py COMFYUI MODELS
 
 writes what FILES names into ComfyUI's models folder MODELS, run by an interpreter that has ComfyUI's packages. In the
-repository the checkpoint has no text encoder (246 MB that text.py makes from a seed) and a VAE as narrow as it was
-trained; here both are put in, so that the stock loader takes it for Stable Diffusion 1.5.
+repository a checkpoint has no text encoder (246 MB that text.py makes from a seed) and a VAE as narrow as it was
+trained; here both are put in, so that the stock loader takes it for what it is in the table of bases.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from demo_model.bases import Base
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "weights"
-CHECKPOINT = "drawings.safetensors"
+CHECKPOINT, SD3_CHECKPOINT = "drawings.safetensors", "drawings_sd3.safetensors"
 CANNY, CANNY_UNET = "drawings_canny_controlnet.safetensors", "drawings_canny_unet.safetensors"
 MASK, MASK_UNET = "drawings_mask_controlnet.safetensors", "drawings_mask_unet.safetensors"
 LORA = "drawings_style_lora.safetensors"
 FILES = {CANNY: "controlnext", CANNY_UNET: "controlnext", MASK: "controlnext", MASK_UNET: "controlnext",
-         LORA: "loras", CHECKPOINT: "checkpoints"}  # the checkpoint last: when it is whole, so are the others
+         LORA: "loras",
+         SD3_CHECKPOINT: "checkpoints", CHECKPOINT: "checkpoints"}
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 
@@ -32,7 +37,7 @@ def source(name: str) -> Path:
 
 def provide(comfyui: Path, models: Path) -> None:
     """Make the files, in a process of its own, unless ComfyUI's models folder `models` holds them newer than this."""
-    sources = [*map(source, FILES), Path(__file__), FOLDER / "text.py", FOLDER / "autoencoder.py"]
+    sources = [*map(source, FILES), *map(FOLDER.joinpath, ("provide.py", "text.py", "autoencoder.py", "bases.py"))]
     newest = max(file.stat().st_mtime for file in sources)
     files = [models / folder / name for name, folder in FILES.items()]
     if not all(file.is_file() and file.stat().st_mtime > newest for file in files):
@@ -44,24 +49,33 @@ def make(comfyui: Path, models: Path) -> None:
     sys.path += [str(FOLDER.parent / "scripts"), str(FOLDER.parent)]  # last, for ComfyUI has a module `nodes` too
     import stand_in
     stand_in.load_comfyui(comfyui)
+    from demo_model.bases import BASES
+    checkpoints = {base.checkpoint: base for base in BASES.values()}
     for name, folder in FILES.items():
         place = models / folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        if name == CHECKPOINT:
-            stand_in.save(checkpoint(), place)
+        if name in checkpoints:
+            stand_in.save(checkpoint(checkpoints[name]), place)
         else:
             shutil.copyfile(source(name), place)
 
 
-def checkpoint(file: Path = WEIGHTS / CHECKPOINT) -> dict:
-    """The tensors of the checkpoint, float16, by the names of an SD1.5 checkpoint."""
+def checkpoint(base: Base, weights: Path = WEIGHTS) -> dict:
+    """The tensors of a base's checkpoint, float16, by the names that ComfyUI knows.
+
+    Args:
+        weights: the folder with what was trained.
+    """
+    import torch.nn.functional as F
     from safetensors.torch import load_file
 
     from demo_model.autoencoder import widened
     from demo_model.text import text_encoder_weights
-    tensors = load_file(file)
+    tensors = load_file(weights / source(base.checkpoint).name)
     vae = {VAE + name: tensor for name, tensor in widened(part(tensors, VAE)).items()}
-    return tensors | vae | text_encoder_weights()
+    full = {UNET + name: F.pad(tensors[UNET + name], (0, columns - tensors[UNET + name].shape[1]))
+            for name, columns in base.full_widths.items()}
+    return tensors | full | vae | text_encoder_weights(base)
 
 
 def part(tensors: dict, prefix: str) -> dict:

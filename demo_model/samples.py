@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from demo_model.text import captions_to_contexts
+from demo_model.bases import Base
+from demo_model.text import encode_texts
 from demo_model.world import World, draw_variations, to_drawings, to_images, vary
 
 BATCH = 16
@@ -21,8 +22,8 @@ class Samples:
     """Batches of what training may see.
 
     Args:
-        latents: (N, K, 4, h, w) of K variations of each drawing, with deviation 1.
-        captions: (N + 1, 77, 768), the last of an empty text.
+        latents: (N, K, C, h, w) of K variations of each drawing, with mean 0 and deviation 1.
+        captions: N + 1 that a tensor of rows takes out, the last of an empty text.
         controls: (N, K, H, W) bool, or None without control.
         world: tells which drawings training may see.
     """
@@ -31,25 +32,24 @@ class Samples:
         self.latents, self.captions, self.controls = latents, captions, controls
         self.training = torch.from_numpy(world.training)
 
-    def batch(self, generator: torch.Generator, dropped: float, swapped: float) -> tuple[torch.Tensor, ...]:
-        """(x0, caption, control image or None, noise, timestep) of BATCH samples; timesteps spread evenly.
+    def batch(self, generator: torch.Generator, dropped: float, swapped: float, size: int = BATCH) -> tuple:
+        """(x0, caption, control image or None, noise, noise level) of `size` samples; levels spread evenly in [0, 1].
 
         Args:
             dropped, swapped: shares of the captions that are replaced by the empty one, and by another drawing's.
         """
-        rows = self.training[torch.randint(len(self.training), (BATCH,), generator=generator)]
-        columns = torch.randint(self.latents.shape[1], (BATCH,), generator=generator)
-        others = self.training[torch.randint(len(self.training), (BATCH,), generator=generator)]
-        chance = torch.rand(BATCH, generator=generator)
+        rows = self.training[torch.randint(len(self.training), (size,), generator=generator)]
+        columns = torch.randint(self.latents.shape[1], (size,), generator=generator)
+        others = self.training[torch.randint(len(self.training), (size,), generator=generator)]
+        chance = torch.rand(size, generator=generator)
         captioned = torch.where(chance < swapped, others, rows)
         captioned = torch.where(chance >= 1 - dropped, len(self.captions) - 1, captioned)
-        noise = torch.randn(BATCH, *self.latents.shape[2:], generator=generator)
-        spread = (torch.randperm(BATCH, generator=generator) + torch.rand(BATCH, generator=generator)) / BATCH
+        noise = torch.randn(size, *self.latents.shape[2:], generator=generator)
+        spread = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
         images = None
         if self.controls is not None:
             images = as_image(self.controls[rows, columns])
-        return (self.latents[rows, columns], self.captions[captioned].float(), images, noise,
-                (spread * TIMESTEPS).long().clamp(max=TIMESTEPS - 1))
+        return self.latents[rows, columns], self.captions[captioned], images, noise, spread
 
 
 def as_image(control: torch.Tensor) -> torch.Tensor:
@@ -66,13 +66,11 @@ def varied_drawings(world: World) -> list[torch.Tensor]:
             for image, maps in zip(to_images(world.drawings), maps, strict=True)]
 
 
-def encode(varied: list[torch.Tensor], encoder: nn.Module) -> tuple[torch.Tensor, float]:
-    """The latents (N, K, 4, h, w) of varied drawings, divided by their deviation, and that."""
+def encode(varied: list[torch.Tensor], encoder: nn.Module) -> torch.Tensor:
+    """The latents (N, K, C, h, w) of varied drawings, as the encoder makes them."""
     device = next(encoder.parameters()).device
     with torch.no_grad():
-        latents = torch.stack([encoder(batch.to(device)).cpu() for batch in varied])
-    deviation = latents.std().item()
-    return latents / deviation, deviation
+        return torch.stack([encoder(batch.to(device)).cpu() for batch in varied])
 
 
 def control_maps(varied: list[torch.Tensor], control: Callable[[np.ndarray], np.ndarray]) -> torch.Tensor:
@@ -81,9 +79,12 @@ def control_maps(varied: list[torch.Tensor], control: Callable[[np.ndarray], np.
                         for batch in varied])
 
 
-def load_contexts(world: World, folder: Path) -> torch.Tensor:
-    """The encoded captions and, last, the empty one: (N + 1, 77, 768); kept in `folder`, for they take minutes."""
-    file = folder / "contexts.pt"
+def load_texts(world: World, folder: Path, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
+    """The encoded captions and, last, the empty one: (N + 1, 77, 768), and pooled (N + 1, 768).
+
+    They are kept in `folder`, for they take minutes.
+    """
+    file = folder / f"{base.name}_texts.pt"
     if not file.exists():
-        torch.save(captions_to_contexts([*world.captions, ""]), file)
+        torch.save(encode_texts([*world.captions, ""], base), file)
     return torch.load(file, weights_only=True)

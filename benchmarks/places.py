@@ -1,0 +1,61 @@
+"""Where control should enter an SD3: Canny trained for the demonstration's SD3 at each place, by Train ControlNeXt.
+
+    python benchmarks/places.py
+
+Few steps each, else the settings of the demonstration's own control (demo_model/control.py). The share of the way goes
+from what the model draws without control (0) to what its VAE makes of the drawing itself (1), in F1 of edges. Needs npm
+for the drawings.
+"""
+
+from __future__ import annotations
+
+import world
+
+PLACES = ("tokens", "block_0", "block_1")  # of four blocks: before all, a quarter in, half in
+STEPS = 250
+DRAWINGS = 32
+SEED = 1
+
+
+def main() -> None:
+    import argparse
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("places", nargs="*", default=PLACES, metavar="PLACE", help=f"of {', '.join(PLACES)}")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    world.enter()
+    import shutil
+
+    from demo_model import control, provide
+    from demo_model.agreement import share_of_the_way
+    from demo_model.bases import BASES
+    from demo_model.measure import agreements
+    from demo_model.world import load_held_out, load_world
+
+    folder = world.environment.cache_folder() / "demo_model"
+    pack, base, drawn = world.Pack(), BASES["sd3"], load_world(folder)
+    comfyui = pack.models.parent
+    drawings, captions = (part[:DRAWINGS] for part in load_held_out(provide.WEIGHTS))
+    demonstration = pack.demonstration(drawings, captions, base=base.name)
+    controls = demonstration.edges(demonstration.images)
+    ceiling, off = (agreements(demonstration.edges(pictures), controls, "canny")
+                    for pictures in (demonstration.ceiling(), demonstration.draw(SEED)))
+    found, sheet = {}, []
+    for place in options.places:
+        control.BASE_SETTINGS[base.name]["inject_at"] = place
+        shutil.rmtree(comfyui / "output" / "controlnext_training", ignore_errors=True)
+        trained = control.train(pack.run, comfyui, drawn, base, "canny", options.steps, folder / "sd3_encoded.pt")
+        for file in trained.iterdir():
+            shutil.copyfile(file, pack.models / "controlnext" / f"{base.prefix}canny_{file.name}")
+        pictures = demonstration.draw(SEED, "canny", controls)
+        found[place] = agreements(demonstration.edges(pictures), controls, "canny")
+        sheet.append(pictures[:16])
+    table = [[place, f"{on:.3f}", f"{share_of_the_way(on, off, ceiling):.2f}"] for place, on in found.items()]
+    world.report("places", f"F1 of edges after {options.steps} steps, {len(drawings)} held-out drawings; without "
+                 f"control {off:.3f}, the VAE's own {ceiling:.3f}", ["place", "F1", "share of the way"], table,
+                 {"off": off, "ceiling": ceiling, "found": found})
+    world.save_sheet("places", [demonstration.images[:16], *sheet])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The demonstration's bases: the one table that says how the SD3 differs from the one that is an SD1.5 to ComfyUI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Base:
+    """A checkpoint of our own, and what ComfyUI takes it for.
+
+    Attributes:
+        name: of the families' bases; its denoiser is the one of this name in make.py.
+        checkpoint: its file.
+        prefix: of its controls' files.
+        channels: of its latents.
+        width: of its denoiser, in channels.
+        scale, shift: its denoiser gets (latents - shift) * scale, as ComfyUI's latent format of the base has it.
+        text, clip: where the text encoder's tensors stand in a checkpoint, and ComfyUI's type of it.
+        pooled_words: the text encoder's last layer puts the words into the pooled text, too.
+        full_widths: {tensor: columns that ComfyUI wants of it}; the file has those alone that ever meet a number.
+        start: the base whose VAE its own begins as.
+        sampler: inputs of KSampler.
+        steps: {stage: steps of its training}.
+    """
+
+    name: str
+    checkpoint: str
+    prefix: str
+    channels: int
+    width: int
+    scale: float
+    shift: float
+    text: str
+    clip: str
+    pooled_words: bool
+    full_widths: dict[str, int]
+    start: str
+    sampler: dict
+    steps: dict[str, int]
+
+
+BASES = {
+    base.name: base
+    for base in (
+        Base("sd15", "drawings.safetensors", "drawings_", 4, 320, 0.18215, 0.0,
+             "cond_stage_model.transformer.", "STABLE_DIFFUSION", pooled_words=False, full_widths={}, start="",
+             sampler={"steps": 12, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
+             steps={"autoencoder": 4000, "decoder": 3000, "denoiser": 12000, "canny": 3500, "mask": 900}),
+        Base("sd3", "drawings_sd3.safetensors", "drawings_sd3_", 16, 256, 1.5305, 0.0609,
+             "text_encoders.clip_l.transformer.", "SD3", pooled_words=True,
+             full_widths={"context_embedder.weight": 4096, "y_embedder.mlp.0.weight": 2048}, start="sd15",
+             sampler={"steps": 16, "sampler_name": "euler", "scheduler": "simple"},
+             steps={"autoencoder": 300, "decoder": 1000, "denoiser": 5500, "canny": 1000}),
+    )
+}
