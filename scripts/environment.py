@@ -190,7 +190,8 @@ def _install(python: Path, comfyui: Path) -> None:
 
 def _pip_install(python: Path, *arguments: str) -> None:
     quiet = () if sys.stdout.isatty() else ("-qq",)
-    command = [python, "-m", "pip", "--disable-pip-version-check", "install", *quiet, *arguments]
+    # Most modules are never imported: Python compiles the others when they first are.
+    command = [python, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile", *quiet, *arguments]
     if subprocess.run(command).returncode != 0:
         raise SetupError("pip could not install the packages (its message is above); run the command again to go on.")
 
