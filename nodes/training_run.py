@@ -12,6 +12,7 @@ from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch.utils.checkpoint import checkpoint
 
+from ..controlnext_core.degradation import degraded
 from ..controlnext_core.families import Family
 from ..controlnext_core.sizes import halved
 from ..controlnext_core.training import (
@@ -23,7 +24,7 @@ from ..controlnext_core.training import (
     prediction_loss,
 )
 from ..controlnext_core.unet_keys import Target
-from .control import Forward
+from .control import RESIZING, Forward
 from .injection import add_control
 from .places import Place
 from .training_data import Samples
@@ -95,16 +96,18 @@ class Run:
         control: its module is that of ``training``.
         caption_dropout: share of captions that are replaced by the empty one.
         min_snr_gamma: of ``prediction_loss``.
+        super_resolution: the samples' images are pictures, and control is what ``degraded`` makes of them.
 
     Raises:
         ValueError: the MODEL predicts something unknown.
     """
 
     def __init__(self, clone, control: TrainingControl, training: Training, samples: Samples, batch_size: int,
-                 caption_dropout: float, min_snr_gamma: float = 0.0):
+                 caption_dropout: float, min_snr_gamma: float = 0.0, super_resolution: bool = False):
         self.base_model, self.device = clone.model, clone.load_device
         self.control, self.training, self.samples = control, training, samples
         self.batch_size, self.caption_dropout, self.min_snr_gamma = batch_size, caption_dropout, min_snr_gamma
+        self.super_resolution = super_resolution
         self.buckets = samples.buckets()
         self.sampling = clone.get_model_object("model_sampling")
         self.prediction = next((name for kind, name in PREDICTIONS if isinstance(self.sampling, kind)), None)
@@ -129,6 +132,7 @@ class Run:
         sigma = self.sampling.sigmas.cpu()[drawn].to(self.device)
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
         dropped = drop_captions(len(rows), self.caption_dropout, generator)
+        self.control.images = self._images(rows, generator)
         denoised = self._denoise(self.sampling.noise_scaling(sigma, noise, latents), sigma, rows, dropped)
         return prediction_loss(denoised, latents, sigma, self.prediction, self.min_snr_gamma).mean()
 
@@ -137,13 +141,24 @@ class Run:
         if self.previewer is None:
             return None
         sigmas = comfy.samplers.calculate_sigmas(self.sampling, "simple", PREVIEW_STEPS).to(self.device)
-        noise = torch.randn(self.samples.batch_latents([0]).shape, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(self.samples.batch_latents([0]).shape, generator=generator)
+        self.control.images = self._images([0], generator)
         x = self.sampling.noise_scaling(sigmas[0], noise.to(self.device), torch.zeros_like(noise).to(self.device), True)
         x0 = comfy.k_diffusion.sampling.sample_euler(lambda x, sigma: self._denoise(x, sigma, [0], [False]), x, sigmas,
                                                      disable=True)
         return self.previewer.decode_latent_to_preview_image("JPEG", x0)
 
+    def _images(self, rows: list[int], generator: torch.Generator) -> torch.Tensor:
+        """The control images of a batch, (B, 3, H, W)."""
+        images = self.samples.batch_images(rows)
+        if not self.super_resolution:
+            return images
+        height, width = images.shape[-2:]
+        pixels = (255 * images.movedim(1, -1)).round().byte().contiguous().numpy()
+        small = [torch.from_numpy(degraded(picture, generator))[None].movedim(-1, 1) / 255 for picture in pixels]
+        return torch.cat([comfy.utils.common_upscale(one, width, height, RESIZING, "disabled") for one in small])
+
     def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, rows: list[int], dropped: list[bool]) -> torch.Tensor:
-        self.control.images = self.samples.batch_images(rows)
         conds = self.samples.batch_conds(self.base_model, rows, dropped, self.device)
         return self.base_model.apply_model(x, sigma, transformer_options=self.options, **conds)

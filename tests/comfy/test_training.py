@@ -147,7 +147,7 @@ def test_rows_of_a_batch_belong_together_also_after_resolution_bucket(pack, run,
 
 def test_an_interrupted_training_is_kept_and_resumed_as_if_it_had_never_stopped(train, unet, caplog):
     extra = dict(ema=0.9, caption_dropout=0.5, empty_conditioning=cond(unet, 9), gradient_checkpointing=True,
-                 min_snr_gamma=1.0, warmup_steps=5, grad_accumulation_steps=2)
+                 min_snr_gamma=1.0, warmup_steps=5, grad_accumulation_steps=2, super_resolution=True)
     whole = train(unet, **extra)
     calls = []
 
@@ -170,6 +170,31 @@ def test_an_interrupted_training_is_kept_and_resumed_as_if_it_had_never_stopped(
     assert_equal(weights(resumed[0]), weights(whole[0]))
     with pytest.raises(ValueError, match="resume_from: .* only one of them keeps a moving average"):
         train(unet, **(extra | {"ema": 0.0}), resume_from=kept)
+
+
+def test_for_super_resolution_control_is_a_small_copy_of_the_picture_drawn_anew_each_time(
+        pack, train, unet, monkeypatch):
+    run_module, copies = pack("nodes.training_run"), []
+    degraded = run_module.degraded
+
+    def note(picture, generator):
+        copies.append((picture, degraded(picture, generator)))
+        return copies[-1][1]
+    monkeypatch.setattr(run_module, "degraded", note)
+    shown = []
+    forward = run_module.TrainingControl.__call__
+    monkeypatch.setattr(run_module.TrainingControl, "__call__",
+                        lambda self, call: shown.append(self.images) or forward(self, call))
+    latents, images = pictures([(8, 6)])
+    train(unet, latents, images, [cond(unet)], steps=3, batch_size=1, super_resolution=True)
+    assert len(shown) == len(copies) == 3
+    for (picture, small), image in zip(copies, shown, strict=True):
+        assert (picture == (255 * images[0][0]).round().byte().numpy()).all()
+        assert small.shape[0] <= 64 / 2
+        resized = comfy.utils.common_upscale(torch.from_numpy(small)[None].movedim(-1, 1) / 255, 48, 64, "lanczos",
+                                             "disabled")
+        assert torch.equal(image, resized), "resized as Apply ControlNeXt resizes what is smaller"
+    assert len({small.tobytes() for _, small in copies}) == 3
 
 
 def test_a_training_that_an_older_version_kept_goes_on(train, unet):
