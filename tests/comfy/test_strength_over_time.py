@@ -111,6 +111,7 @@ def test_another_strength_over_time_takes_the_features_as_they_are(sampled, keyf
     cache = pack("nodes.feature_cache").FeatureCache
     found = []
     get = cache.get
-    monkeypatch.setattr(cache, "get", lambda self, key, compute: get(self, key, lambda: found.append(key) or compute()))
+    monkeypatch.setattr(cache, "get", lambda self, key, compute, **step: get(
+        self, key, lambda: found.append(key) or compute(), **step))
     sampled(strength_keyframes=keyframes((0.7, 0.0), (0.3, 0.5)))
     assert not found
