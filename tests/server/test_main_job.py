@@ -10,6 +10,8 @@ from PIL import Image
 
 SIZE = (128, 96)
 STEPS = 3
+PLACES = ["auto", "conv_in", "down_0", "down_1", "down_2", "before_middle", "middle", "tokens",
+          *(f"block_{index}" for index in range(12))]
 
 
 def main_job(controlnext: str = stand_in.CONTROLNEXT, **changes) -> dict:
@@ -38,21 +40,20 @@ def controlled(sample) -> tuple[np.ndarray, list]:
 # {input: type, or for a choice its options or None where they are files}
 CONTRACT = {
     "ControlNeXtLoader": (
-        {"controlnext_name": None, "variant": ["auto", "sd15", "sd15_mid", "sdxl", "svd", "svd_padded", "svd_mid"]},
+        {"controlnext_name": None,
+         "variant": ["auto", "sd15", "sd15_mid", "sdxl", "svd", "svd_padded", "svd_mid", "sd3"]},
         {},
         ["CONTROLNEXT"],
     ),
     "ControlNeXtApply": (
         {"model": "MODEL", "controlnext": "CONTROLNEXT", "image": "IMAGE", "strength": "FLOAT",
          "start_percent": "FLOAT", "end_percent": "FLOAT"},
-        {"mask": "MASK", "inject_at": ["auto", "conv_in", "down_0", "down_1", "down_2", "before_middle", "middle"],
-         "apply_to": ["auto", "both", "positive"]},
+        {"mask": "MASK", "inject_at": PLACES, "apply_to": ["auto", "both", "positive"]},
         ["MODEL"],
     ),
     "ControlNeXtToControlNet": (
         {"controlnext": "CONTROLNEXT"},
-        {"inject_at": ["auto", "conv_in", "down_0", "down_1", "down_2", "before_middle", "middle"],
-         "apply_to": ["auto", "both", "positive"]},
+        {"inject_at": PLACES, "apply_to": ["auto", "both", "positive"]},
         ["CONTROL_NET"],
     ),
     "ControlNeXtCanny": (
