@@ -4,10 +4,16 @@ Everything else asks the table and never compares family names.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 BASE_NAMES = {"sd15": "SD1.5", "sdxl": "SDXL", "svd": "SVD", "sd3": "SD3"}
+
+
+def listed(bases: Iterable[str]) -> str:
+    """Names of bases for a sentence: ``SD1.5, SDXL and SVD``."""
+    *names, last = (BASE_NAMES[base] for base in bases)
+    return f"{', '.join(names)} and {last}"
 
 
 def _as_is(scale: float) -> float:

@@ -122,14 +122,15 @@ class ControlNeXtModule(nn.Module):
 
     def peak(self, pixels: int, stem_pool: bool) -> int:
         """How many numbers are alive at most, to 20 %, while one image of so many pixels becomes features."""
-        width = self.down_res[0].conv1.out_channels
-        if self.embedding is None:
-            return 5 * width * pixels
-        return (2 if stem_pool else 5) * width * pixels // 4  # pooled, the stem itself takes most
+        return (2 if stem_pool else 5) * self._widest(pixels)  # pooled, the stem itself takes most
 
     def image_part_numbers(self, pixels: int) -> int:
         """How many numbers at most ``image_part`` gives for an image of so many pixels."""
-        return 2 * self.down_res[0].conv1.out_channels * pixels // (1 if self.embedding is None else 4)
+        return 2 * self._widest(pixels)
+
+    def _widest(self, pixels: int) -> int:
+        """How many numbers the first resnet block has at once in a tensor, of a stem that does not pool."""
+        return self.down_res[0].conv1.out_channels * pixels // (1 if self.embedding is None else 4)
 
     def image_part(self, image: torch.Tensor, stem_padding: int, stem_pool: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """What depends on the image alone: the stem and the first resnet block up to the timestep.

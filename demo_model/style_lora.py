@@ -100,12 +100,13 @@ def run(options: argparse.Namespace) -> None:
     from safetensors.torch import load_file, save_file
 
     from demo_model import provide
+    from demo_model.bases import BASES
     base = environment.base_directory(environment.cache_folder() / "style_lora")
     put_dataset(base / "input" / "style")
     device = ("--cpu",) if needs_cpu_option() else ()
     stand_in.load_comfyui(options.comfyui)
     # not provide.provide, which wants the LoRA, too
-    stand_in.save(provide.checkpoint(), base / "models" / "checkpoints" / provide.CHECKPOINT)
+    stand_in.save(provide.checkpoint(BASES["sd15"]), base / "models" / "checkpoints" / provide.CHECKPOINT)
     for left_over in (base / "output").glob("style_*.safetensors"):
         left_over.unlink()
 

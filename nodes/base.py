@@ -5,7 +5,7 @@ from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_api.latest import io
 
-from ..controlnext_core.families import BASE_NAMES, Family, resolve
+from ..controlnext_core.families import BASE_NAMES, Family, listed, resolve
 from .model import ControlNeXt
 from .places import PLACES, Place, either, places_of
 
@@ -40,8 +40,7 @@ def base_of_model(base_model) -> str:
     for denoiser, model, base in BASES:
         if isinstance(base_model.diffusion_model, denoiser) and isinstance(base_model, model):
             return base
-    *names, last = BASE_NAMES.values()
-    raise ValueError(f"model: ControlNeXt steers {', '.join(names)} and {last} models; the connected MODEL is a "
+    raise ValueError(f"model: ControlNeXt steers {listed(BASE_NAMES)} models; the connected MODEL is a "
                      f"{type(base_model).__name__}, which is not supported yet.")
 
 

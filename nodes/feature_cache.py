@@ -60,8 +60,7 @@ class Kept:
                                                              stream=self._stream) for tensor in self.at_home)
 
     def get(self) -> tuple[torch.Tensor, ...]:
-        """The tensors on the device, for the computation that runs there now."""
-        self.fetch()
+        """The tensors on the device, once fetched, for the computation that runs there now."""
         if self._stream is not None:
             comfy.model_management.sync_stream(self.device, self._stream)
             for tensor in self.near:  # their memory is the stream's, which must not give it away too early

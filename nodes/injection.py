@@ -119,14 +119,15 @@ def _enter_blocks(options: dict) -> None:
 
     A block has one replacement. Only in a forward are those of all others known, which are called and not dropped.
     """
-    places = [injection.place for injection in options.get("patches", {}).get(TOKEN_SLOT, ())]
+    injections = options.get("patches", {}).get(TOKEN_SLOT)
+    if not injections:
+        return
     replaced = options.get("patches_replace", {})
     blocks = dict(replaced.get("dit", {}))
-    for place in places:
+    for place in (injection.place for injection in injections):
         if not isinstance(blocks.get(place.block), BeforeBlock):
             blocks[place.block] = BeforeBlock(place, blocks.get(place.block))
-    if places:
-        options["patches_replace"] = {**replaced, "dit": blocks}
+    options["patches_replace"] = {**replaced, "dit": blocks}
 
 
 def end_run(model):

@@ -14,7 +14,7 @@ from comfy_api.latest import io
 from tqdm.auto import tqdm
 
 from ..controlnext_core import checkpoint
-from ..controlnext_core.families import BASE_NAMES, resolve
+from ..controlnext_core.families import BASE_NAMES, listed, resolve
 from ..controlnext_core.training import UNET_PATTERNS, Training, new_module, select_weights, with_scale
 from ..controlnext_core.unet_keys import Target, targets_of
 from ..controlnext_core.unet_weights import read
@@ -245,8 +245,7 @@ def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "
     """
     base = base_of_model(model.model)
     if base not in TRAINED_BASES:
-        *names, last = (BASE_NAMES[trained] for trained in TRAINED_BASES)
-        raise ValueError(f"model: training is for {', '.join(names)} and {last}, but the connected MODEL is "
+        raise ValueError(f"model: training is for {listed(TRAINED_BASES)}, but the connected MODEL is "
                          f"{BASE_NAMES[base]}; connect one of these.")
     family = family_of(model.model, controlnext) if controlnext else resolve("light", "auto", base)
     places = places_of(model.model.diffusion_model)

@@ -29,6 +29,7 @@ def load_module(name: str, path: Path):
 
 
 load_package("controlnext_core", REPO / "controlnext_core")
+from controlnext_core.families import FAMILIES  # noqa: E402
 
 
 class Goldens:
@@ -66,6 +67,12 @@ class Goldens:
         assert list(output.shape) == saved["shape"], f"shape {list(output.shape)} instead of {saved['shape']}"
         output = output if saved["stride"] == 1 else output.flatten()[::saved["stride"]]
         return float((output - reference).abs().max()) / saved["std"]
+
+
+@pytest.fixture(params=[name for name in FAMILIES if name != "sd3"])
+def released(request) -> str:
+    """A family that the reference implementation has, and so the goldens."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

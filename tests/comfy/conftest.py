@@ -118,6 +118,11 @@ def hang(run):
 
 
 @pytest.fixture
+def cache_of(pack):
+    return pack("nodes.feature_cache").FeatureCache
+
+
+@pytest.fixture
 def module_runs(monkeypatch):
     """module_runs(controlnext): lists that grow with every run of its image part (by the image) and timestep part."""
     def count(controlnext) -> tuple[list, list]:

@@ -30,6 +30,7 @@ UNETS = {
 SMALL = dict(num_res_blocks=[1, 1], channel_mult=[1, 1], transformer_depth=[1, 0],
              transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1)
 SD35_MEDIUM = dict(x_block_self_attn_layers=[0, 1], qk_norm="rms")
+NARROW = dict(time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)  # of a module that is quick
 WIDE = dict(channel_mult=[1, 4])  # 1280 channels in the middle, for the families whose control enters there
 
 

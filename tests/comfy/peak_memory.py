@@ -13,9 +13,6 @@ def give_back_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-M_MMAP_THRESHOLD = -3  # of mallopt: memory from this size on goes back to the system as soon as it is freed
-
-
 class PeakMemory:
     """The most memory in use above what was in use before, in bytes; of the device, or of the process (Linux alone)."""
 
@@ -26,7 +23,6 @@ class PeakMemory:
             self.cuda.reset_peak_memory_stats()
             self.before = self.cuda.memory_allocated()
         else:
-            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2 ** 20)  # else an old process keeps what was freed
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")  # the peak starts again
             self.before = memory_status("VmRSS")
@@ -34,8 +30,6 @@ class PeakMemory:
 
     def __exit__(self, *_):
         self.bytes = (self.cuda.max_memory_allocated() if self.cuda else memory_status("VmHWM")) - self.before
-        if not self.cuda:
-            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2 ** 25)  # as glibc has it after a while
 
 
 def memory_status(name: str) -> int:

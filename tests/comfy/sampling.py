@@ -50,6 +50,11 @@ def one_forward(model, positive, latent, sigma: float) -> torch.Tensor:
     return caught[0]
 
 
+def one_call_each(monkeypatch, model) -> None:
+    """Make ComfyUI believe that memory is short: the guidance halves run in separate calls."""
+    monkeypatch.setattr(model.model, "memory_required", lambda *args, **kwargs: 1e30)
+
+
 def picture(seed: int = 0, count: int = 1, height: int = 64, width: int = 64) -> torch.Tensor:
     return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed))
 

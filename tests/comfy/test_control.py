@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from models import small_unets
-from sampling import FAMILIES, conds, latent, picture, relative, sample
+from sampling import FAMILIES, conds, latent, one_call_each, picture, relative, sample
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,6 @@ def unet_calls():
     yield record
     for hook in hooks:
         hook.remove()
-
-
-def one_call_each(monkeypatch, model):
-    """Make ComfyUI believe that memory is short: the guidance halves run in separate calls."""
-    monkeypatch.setattr(model.model, "memory_required", lambda *args, **kwargs: 1e30)
 
 
 @pytest.mark.versions

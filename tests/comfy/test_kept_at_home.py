@@ -11,11 +11,6 @@ ELSEWHERE = torch.device("cpu", 0)
 STEPS, IMAGES, SIZE = 4, 2, 1000
 
 
-@pytest.fixture
-def cache_of(pack):
-    return pack("nodes.feature_cache").FeatureCache
-
-
 def ask(cache, step: int, computed: list) -> list[int]:
     """Ask for what a step needs, all of it right; the sizes of what lies near after each entry."""
     near = []

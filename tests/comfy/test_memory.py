@@ -42,14 +42,12 @@ def asked(monkeypatch):
 def test_a_forward_of_the_module_takes_what_is_told_within_a_fifth(
         pack, apply, unets, controlnexts, family, images, height, width):
     at, half = (height // 8, width // 8), pack("nodes.control").Half(True, None)
-
-    def forward(size, count):
-        return pack("nodes.control").Forward(5.0, (900.0,) * count, (half,), size, size, tuple(range(count)), count,
-                                             DTYPE, torch.device("cpu"))
+    forward = pack("nodes.control").Forward(5.0, (900.0,) * images, (half,), at, at, tuple(range(images)), images,
+                                            DTYPE, torch.device("cpu"))
     control = control_in(apply(unets[family], controlnexts[family], picture(1, images, height, width)))
     control.loaded.features.clear()
     with torch.inference_mode(), torch.profiler.profile(profile_memory=True) as profile:
-        result = control(forward(at, images))
+        result = control(forward)
     taken = peak(profile)
     control.loaded.features.clear()
     control.loaded.end_run()

@@ -18,6 +18,11 @@ LAYOUT = "TensorCoreFP8E4M3Layout"
 ROUNDED = 0.1  # of an 8-bit weight's norm: ComfyUI rounds what it patches
 
 
+def apart(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2."""
+    return float((ours - expected).norm() / expected.norm())
+
+
 @pytest.fixture(scope="module")
 def weights():
     return small_unet("sd15").model.diffusion_model.state_dict()
@@ -81,7 +86,7 @@ def test_control_is_as_on_the_same_weights_dequantised_by_both_routes(quantised,
         assert torch.equal(on, sample(model, *hung, latent("sd15"), cfg=3.0, steps=1))
         changed.append(on - off)
     assert changed[1].norm() > 0
-    assert float((changed[0] - changed[1]).norm() / changed[1].norm()) <= CONTROL
+    assert apart(*changed) <= CONTROL
 
 
 def test_control_is_the_same_when_comfyui_loads_a_part_of_the_model_as_with_lowvram(quantised, controlnexts, apply,
@@ -140,6 +145,11 @@ class Packed(comfy.ops.manual_cast):
             return torch.nn.functional.linear(input, (levels * self.levels).reshape(self.out_features, -1), self.bias)
 
 
+def in_levels(weight: torch.Tensor) -> torch.Tensor:
+    """What ``Packed`` computes with in place of a weight."""
+    return (weight / (weight.abs().max() / 7)).round() * (weight.abs().max() / 7)
+
+
 @pytest.fixture(scope="module")
 def packed(weights):
     with torch.inference_mode():
@@ -147,10 +157,7 @@ def packed(weights):
 
 
 def test_control_acts_on_a_base_whose_own_layers_unpack_its_weights(packed, weights, controlnexts, apply):
-    exact = {}
-    for key, value in weights.items():
-        linear = value.ndim == 2
-        exact[key] = (value / (value.abs().max() / 7)).round() * (value.abs().max() / 7) if linear else value
+    exact = {key: in_levels(value) if value.ndim == 2 else value for key, value in weights.items()}
     plain = small_unet("sd15")
     plain.model.diffusion_model.load_state_dict(exact)
     changed = []
@@ -159,7 +166,7 @@ def test_control_acts_on_a_base_whose_own_layers_unpack_its_weights(packed, weig
         off, on = (sample(one, positive, negative, latent("sd15"), steps=1)
                    for one in (model, apply(model, controlnexts["sd15"], picture())))
         changed.append(on - off)
-    assert float((changed[0] - changed[1]).norm() / changed[1].norm()) <= CONTROL
+    assert apart(*changed) <= CONTROL
 
 
 def test_unet_weights_on_such_a_base_are_refused_in_one_sentence(packed, weights, run, models_folder):
@@ -209,8 +216,7 @@ def test_weights_in_gguf_are_read_by_the_packs_own_function(gguf, weights, pack)
     with torch.inference_mode():
         read = pack("nodes.unet_loader").BaseWeights(gguf)
         assert read.shapes == {key: tuple(value.shape) for key, value in weights.items()}
-        exact = (weights[KEY] / (weights[KEY].abs().max() / 7)).round() * (weights[KEY].abs().max() / 7)
-        assert torch.allclose(read(KEY), exact, atol=1e-6)
+        assert torch.allclose(read(KEY), in_levels(weights[KEY]), atol=1e-6)
 
 
 def train(run, model, trainable: str):

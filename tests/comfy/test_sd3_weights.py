@@ -6,7 +6,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from models import SD35_MEDIUM, sd3_model, small_sd3
+from models import NARROW, SD35_MEDIUM, sd3_model, small_sd3
 from safetensors.torch import save_file
 from sampling import cond, conds, latent, picture, sample
 
@@ -14,7 +14,6 @@ from controlnext_core.families import FAMILIES
 from controlnext_core.training import new_module
 from controlnext_core.unet_keys import targets_of
 
-NARROW = dict(out=192, time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)
 SETTINGS = dict(steps=8, batch_size=1, learning_rate=3e-3, unet_learning_rate=3e-3, seed=1, training_dtype="fp32",
                 trainable="module and UNet weights", gradient_checkpointing=True, save_every=0, preview_every=0,
                 filename_prefix="sd3")
@@ -30,7 +29,7 @@ def sd3(request):
 def train(run, pack):
     """train(model, **settings): the node's outputs on one fixed picture."""
     def run_training(model, **settings):
-        module = new_module(FAMILIES["sd3"], **NARROW)
+        module = new_module(FAMILIES["sd3"], out=192, **NARROW)
         controlnext = pack("nodes.model").trained_controlnext(module.state_dict(), "sd3", "small", {})
         generator = torch.Generator().manual_seed(2)
         with torch.inference_mode(False):

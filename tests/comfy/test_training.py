@@ -11,7 +11,7 @@ import folder_paths
 import pytest
 import torch
 from faults import full_disk, kill_while_writing
-from models import small_unet
+from models import NARROW, small_unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sampling import cond, sample
@@ -48,7 +48,7 @@ def pictures(sizes: list[tuple[int, int]]) -> tuple[list, list]:
 def small(pack):
     """small(base): an untrained CONTROLNEXT for ``narrow_unet``, narrow too."""
     def make(base: str = "sd15"):
-        module = new_module(FAMILIES[base], out=64, time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)
+        module = new_module(FAMILIES[base], out=64, **NARROW)
         return pack("nodes.model").trained_controlnext(module.state_dict(), base, "small", {})
     return make
 

@@ -6,12 +6,10 @@ import torch
 from controlnext_core.checkpoint import read
 from controlnext_core.families import FAMILIES
 
-RELEASED = [name for name in FAMILIES if name != "sd3"]  # those that the reference implementation has
 
-
-@pytest.fixture(params=RELEASED)
-def family(request):
-    return FAMILIES[request.param]
+@pytest.fixture
+def family(released):
+    return FAMILIES[released]
 
 
 @pytest.fixture
