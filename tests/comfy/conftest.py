@@ -88,12 +88,12 @@ def unets():
 
 @pytest.fixture(scope="session")
 def controlnexts(run, goldens, models_folder):
-    """{family: CONTROLNEXT}, loaded by name."""
-    from safetensors.torch import save_file
+    """{family: CONTROLNEXT}, loaded by name, as wide as the small UNets."""
     from sampling import FAMILIES
+    from svd_files import write_controlnext
     loaded = {}
     for family in FAMILIES:
-        save_file(goldens.state_dict(family), models_folder / "controlnext" / f"{family}.safetensors")
+        write_controlnext(models_folder / "controlnext", goldens.state_dict(family), f"{family}.safetensors")
         loaded[family] = run("ControlNeXtLoader", controlnext_name=f"{family}.safetensors", variant=family)
     return loaded
 

@@ -8,6 +8,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.supported_models
 import torch
+from sampling import FAMILIES
 
 from controlnext_core.unet_keys import diffusers_to_ldm
 
@@ -31,7 +32,6 @@ SMALL = dict(num_res_blocks=[1, 1], channel_mult=[1, 1], transformer_depth=[1, 0
              transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1)
 SD35_MEDIUM = dict(x_block_self_attn_layers=[0, 1], qk_norm="rms")
 NARROW = dict(time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)  # of a module that is quick
-WIDE = dict(channel_mult=[1, 4])  # 1280 channels in the middle, for the families whose control enters there
 
 
 def unet_model(base: str, dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatcher:
@@ -100,10 +100,9 @@ def small_sd3(dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patc
 
 
 def small_unets(dtype=torch.float32) -> dict:
-    """{family: a UNet that has its place and width}."""
-    unets = {base: small_unet(base, dtype) for base in ("sd15", "sdxl", "svd")}
-    unets |= {f"{base}_mid": small_unet(base, dtype, **WIDE) for base in ("sd15", "svd")}
-    return unets | {"svd_padded": unets["svd"]}
+    """{family: a UNet of its base}, one for all families of a base."""
+    unets = {base: small_unet(base, dtype) for base in UNETS}
+    return {family: unets[base] for family, base in FAMILIES.items()}
 
 
 def stock_controlnet(model) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import comfy.controlnet
 import comfy.sampler_helpers
 import pytest
 import torch
-from models import stock_controlnet
+from models import small_unet, stock_controlnet
 from safetensors.torch import save_file
 from sampling import FAMILIES, cond, conds, latent, picture, relative, sample
 
@@ -328,9 +328,10 @@ def test_a_wrong_base_is_our_sentence_at_the_first_use(hang, unets, controlnexts
     hung = hang(controlnexts["sd15_mid"], picture(), *conds(unets["sdxl"], "sdxl"))
     with pytest.raises(ValueError, match="^model: the ControlNeXt file is sd15_mid .* but the connected MODEL is SDXL"):
         sample(unets["sdxl"], *hung, latent("sdxl"), steps=1)
-    hung = hang(controlnexts["sd15_mid"], picture(), *conds(unets["sd15"], "sd15"))
-    with pytest.raises(ValueError, match="^inject_at: sd15_mid.safetensors gives 1280 channels .* at middle"):
-        sample(unets["sd15"], *hung, latent("sd15"), steps=1)
+    wider = small_unet("sd15", channel_mult=[1, 2])
+    hung = hang(controlnexts["sd15_mid"], picture(), *conds(wider, "sd15"))
+    with pytest.raises(ValueError, match="^inject_at: sd15_mid.safetensors gives 320 channels .* at middle"):
+        sample(wider, *hung, latent("sd15"), steps=1)
     bad = picture()
     bad[0, 0, 0] = float("nan")
     hung = hang(controlnexts["sd15"], bad, *conds(unets["sd15"], "sd15"))

@@ -33,6 +33,11 @@ def unpatched():
     comfy.model_management.unload_all_models()
 
 
+def first_case(goldens, base) -> dict:
+    """The golden case of the family that most files of the base are of."""
+    return goldens.unet[BASES[base][0]]["cases"][0]
+
+
 def forward_inputs(goldens, base, model, case):
     """(positive cond, UNet input, sigma) of a golden case."""
     inputs = {name: goldens.input(described) for name, described in case["inputs"].items()}
@@ -69,30 +74,35 @@ def controlled(run, goldens, models_folder, model, variant, case, strength=1.0):
                **control(run, goldens, models_folder, variant, case))
 
 
-@pytest.mark.parametrize("output, strength", [("off", None), ("on", 1.0), ("half", 0.5)])
+def assert_equals_reference(goldens, base, model, case, output, positive=None):
+    """One forward of a golden case, with what hangs on ``positive`` if that is given."""
+    own, x, sigma = forward_inputs(goldens, base, model, case)
+    result = one_forward(model, positive or own, x, sigma)
+    result = result[None] if base == "svd" else result
+    difference = goldens.difference("unet.safetensors", case["outputs"][output], result)
+    print(f"{case['name']} {output}: {difference:.2e} of the output's std")
+    assert difference <= BOUND[base], f"{case['name']} {output}"
+
+
+def test_unet_equals_reference_without_control(goldens, base, unet):
+    """The cases of a base's families are the same without control."""
+    assert_equals_reference(goldens, base, unet, first_case(goldens, base), "off")
+
+
+@pytest.mark.parametrize("output, strength", [("on", 1.0), ("half", 0.5)])
 def test_unet_equals_reference(run, goldens, models_folder, base, unet, output, strength):
     for variant in BASES[base]:
         for case in goldens.unet[variant]["cases"]:
-            model = unet
-            if strength is not None:
-                model = controlled(run, goldens, models_folder, unet, variant, case, strength)
-            result = one_forward(model, *forward_inputs(goldens, base, model, case))
-            result = result[None] if base == "svd" else result
-            difference = goldens.difference("unet.safetensors", case["outputs"][output], result)
-            print(f"{case['name']} {output}: {difference:.2e} of the output's std")
-            assert difference <= BOUND[base], f"{case['name']} {output}"
+            model = controlled(run, goldens, models_folder, unet, variant, case, strength)
+            assert_equals_reference(goldens, base, model, case, output)
 
 
 def test_control_that_hangs_on_the_conditioning_equals_reference(run, hang, goldens, models_folder, base, unet):
-    for variant in BASES[base]:
-        for case in goldens.unet[variant]["cases"]:
-            positive, x, sigma = forward_inputs(goldens, base, unet, case)
-            hung, _ = hang(**control(run, goldens, models_folder, variant, case), positive=positive, negative=[])
-            result = one_forward(unet, hung, x, sigma)
-            result = result[None] if base == "svd" else result
-            difference = goldens.difference("unet.safetensors", case["outputs"]["on"], result)
-            print(f"{case['name']} on, by the conditioning: {difference:.2e} of the output's std")
-            assert difference <= BOUND[base], case["name"]
+    """With one family: test_controlnet.py compares both routes for all."""
+    case = first_case(goldens, base)
+    positive, _, _ = forward_inputs(goldens, base, unet, case)
+    hung, _ = hang(**control(run, goldens, models_folder, BASES[base][0], case), positive=positive, negative=[])
+    assert_equals_reference(goldens, base, unet, case, "on", hung)
 
 
 def unet_weights_loaded(run, models_folder, model, tensors):
@@ -110,10 +120,7 @@ def test_unet_with_a_file_of_differences_equals_reference(run, goldens, models_f
         key: torch.from_numpy(delta["factor"] * value) for key, value in filled.items()})
     controls = {"off": without, "on": controlled(run, goldens, models_folder, without, base, delta["case"])}
     for output, model in controls.items():
-        result = one_forward(model, *forward_inputs(goldens, base, model, delta["case"]))
-        difference = goldens.difference("unet.safetensors", delta["case"]["outputs"][output], result)
-        print(f"{base} delta {output}: {difference:.2e} of the output's std")
-        assert difference <= BOUND[base], output
+        assert_equals_reference(goldens, base, model, delta["case"], output)
 
 
 def test_a_unet_that_gets_some_weights_from_a_file_equals_reference(run, goldens, models_folder, base, unet):
@@ -124,17 +131,13 @@ def test_a_unet_that_gets_some_weights_from_a_file_equals_reference(run, goldens
     generator = torch.Generator().manual_seed(0)
     shifts = {name: 0.2 * value.std(correction=0) * torch.randn(value.shape, generator=generator)
               for name, value in golden.items()}
-    case = goldens.unet[BASES[base][0]]["cases"][0]
+    case = first_case(goldens, base)
     try:
         for name, key in keys.items():
             weights[key].sub_(shifts[name])
         model = unet_weights_loaded(run, models_folder, unet, shifts if base == "sdxl" else golden)
         model = controlled(run, goldens, models_folder, model, BASES[base][0], case)
-        result = one_forward(model, *forward_inputs(goldens, base, model, case))
-        result = result[None] if base == "svd" else result
+        assert_equals_reference(goldens, base, model, case, "on")
     finally:
         for name, key in keys.items():
             weights[key].copy_(golden[name])
-    difference = goldens.difference("unet.safetensors", case["outputs"]["on"], result)
-    print(f"{base}, {len(keys)} tensors from a file: {difference:.2e} of the output's std")
-    assert difference <= BOUND[base]
