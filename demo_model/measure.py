@@ -26,11 +26,13 @@ class Demonstration:
         captions: N prompts.
         cfg: scale of guidance, 1 for none.
         base: a key of ``BASES``.
+        steps: of the sampler, None for the base's own.
     """
 
     def __init__(self, run: Callable, drawings: np.ndarray, captions: list[str], cfg: float = 1.0,
-                 base: str = "sd15"):
+                 base: str = "sd15", steps: int | None = None):
         self.run, self.cfg, self.base = run, cfg, BASES[base]
+        self.sampler = self.base.sampler | ({"steps": steps} if steps else {})
         self.model, self.clip, self.vae = run("CheckpointLoaderSimple", ckpt_name=self.base.checkpoint)
         self.prompts = [run("CLIPTextEncode", clip=self.clip, text=caption) for caption in ("", *captions)]
         self.images = torch.from_numpy(drawings).float() / 255
@@ -73,7 +75,7 @@ class Demonstration:
             latent = self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(contexts))
             latent = self.run("KSampler", model=controlled, positive=[positive], negative=self.prompts[0],
                               latent_image=latent, seed=seed * 1000 + first, cfg=self.cfg,
-                              denoise=1.0, **self.base.sampler)
+                              denoise=1.0, **self.sampler)
             pictures.append(self.run("VAEDecode", samples=latent, vae=self.vae))
         return torch.cat(pictures)
 

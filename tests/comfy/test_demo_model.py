@@ -10,7 +10,7 @@ SEED = 1
 
 
 class Measured:
-    """One kind of control, and what the model draws under it for the first held-out drawings.
+    """One kind of control, and what the model draws under it for some held-out drawings.
 
     Args:
         drawn: what is drawn already, so that both kinds share what needs no control.
@@ -20,7 +20,7 @@ class Measured:
         self.demonstration, self.kind, self.drawn = demonstration, kind, drawn
         self.see = {"canny": demonstration.edges, "mask": demonstration.regions}[kind]
         self.controls = self.see(demonstration.images)
-        self.others = np.roll(self.controls, 7, axis=0)
+        self.others = np.roll(self.controls, 3, axis=0)
         self.ceiling = agreements(self.see(demonstration.ceiling()), self.controls, kind)
 
     def found(self, strength: float, another: bool, styled: bool) -> np.ndarray:
@@ -40,36 +40,28 @@ class Measured:
         return share_of_the_way(on, off, self.ceiling)
 
 
-def measured_for(drawings: slice, *kinds: str):
-    """A fixture of kinds of control for these of the held-out drawings."""
-    drawn = {}
-
-    @pytest.fixture(scope="module", params=kinds)
-    def measured(demonstrate, request) -> Measured:
-        return Measured(demonstrate(drawings), request.param, drawn)
-
-    return measured
+@pytest.fixture(scope="module")
+def drawn() -> dict:
+    return {}
 
 
-edges_of_half = measured_for(slice(1, None, 2), "canny")  # benchmarks/control.py measures all
-of_some = measured_for(slice(16), "canny", "mask")  # whose edges are harder than most
+@pytest.fixture(scope="module", params=["canny", "mask"])
+def measured(demonstrate, drawn, request) -> Measured:
+    """Of every eighth held-out drawing; benchmarks/control.py measures all, in twice as many steps."""
+    return Measured(demonstrate(slice(None, None, 8), steps=6), request.param, drawn)
 
 
-def test_edges_go_most_of_the_way_from_no_control_to_the_vaes_own_picture(edges_of_half):
-    assert edges_of_half.share(1.0) >= 0.6
+def test_pictures_go_most_of_the_way_from_no_control_to_the_vaes_own_picture(measured):
+    assert measured.share(1.0) >= 0.65
 
 
-def test_the_first_pictures_go_about_as_far(of_some):
-    assert of_some.share(1.0) >= {"canny": 0.5, "mask": 0.6}[of_some.kind]
+def test_pictures_follow_another_drawings_control_where_that_is_given(measured):
+    assert measured.share(1.0, another=True) >= 0.6
 
 
-def test_pictures_follow_another_drawings_control_where_that_is_given(of_some):
-    assert of_some.share(1.0, another=True) >= 0.5
+def test_less_strength_goes_less_far(measured):
+    assert 0 < measured.share(0.5) < measured.share(1.0)
 
 
-def test_less_strength_goes_less_far(of_some):
-    assert 0 < of_some.share(0.5) < of_some.share(1.0)
-
-
-def test_control_holds_beside_a_style_lora(of_some):
-    assert of_some.share(1.0, styled=True) >= 0.4
+def test_control_holds_beside_a_style_lora(measured):
+    assert measured.share(1.0, styled=True) >= 0.5

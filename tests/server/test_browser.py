@@ -35,6 +35,7 @@ SEARCHES = {  # what people type: the node
     "train controlnet": "ControlNeXtTrain", "export controlnext": "ControlNeXtSave",
 }
 GRAPH = "() => app.graph.serialize()"
+LOAD = "async graph => app.loadGraphData(graph)"
 PROMPT = "async () => (await app.graphToPrompt()).output"
 OPEN = """async graph => {
     app.canvas.setGraph(app.rootGraph)
@@ -163,31 +164,42 @@ def test_the_node_search_finds(page, words):
     assert [node["type"] for node in page.evaluate(GRAPH)["nodes"]] == [SEARCHES[words]]
 
 
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_an_example_opens_whole_from_the_template_browser_and_is_saved_as_it_was(page, url, file):
-    """Same nodes, links and values as in the file, none unknown but another pack's; its thumbnail is there."""
-    saved = json.loads(file.read_text(encoding="utf-8"))
+def test_the_template_browser_lists_every_example_and_opens_the_one_clicked(page):
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_test_id("template-workflows-content").wait_for()
     page.get_by_text("ComfyUI-ControlNeXt").first.click()
+    for file in WORKFLOWS:
+        page.get_by_test_id(f"template-workflow-{file.stem}").wait_for()
+    clicked = WORKFLOWS[-1]
     is_open = "name => app.extensionManager.workflow.activeWorkflow?.filename.startsWith(name)"
     for _ in range(5):  # a click on what still scrolls into sight opens nothing
         with contextlib.suppress(playwright.TimeoutError):
-            page.get_by_test_id(f"template-workflow-{file.stem}").click(timeout=5000)
-            page.wait_for_function(is_open, arg=file.stem, timeout=5000)
+            page.get_by_test_id(f"template-workflow-{clicked.stem}").click(timeout=5000)
+            page.wait_for_function(is_open, arg=clicked.stem, timeout=5000)
             break
-    page.wait_for_function(is_open, arg=file.stem)
+    page.wait_for_function(is_open, arg=clicked.stem)
+    saved = json.loads(clicked.read_text(encoding="utf-8"))
     page.wait_for_function("count => app.graph.nodes.length == count", arg=len(saved["nodes"]))
+    assert nodes_by_id(page.evaluate(GRAPH)) == nodes_by_id(saved)
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_an_example_opens_whole_from_the_server_and_is_saved_as_it_was(page, url, file):
+    """Same nodes, links and values as in the file, none unknown but another pack's; its thumbnail is there."""
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    template = f"{url}/api/workflow_templates/ComfyUI-ControlNeXt/{file.stem.replace(' ', '%20')}"
+    served = comfy_client.get_json(f"{template}.json")  # what the template browser opens
+    assert served == saved
+    page.evaluate(LOAD, served)
     opened = page.evaluate(GRAPH)
     known = set(page.evaluate("() => Object.keys(LiteGraph.registered_node_types)"))
     assert {node["type"] for node in saved["nodes"]} - known == set(of_other_packs(saved))
     assert nodes_by_id(opened) == nodes_by_id(saved)
     assert sorted(opened["links"]) == sorted(saved["links"])
-    page.evaluate("async graph => app.loadGraphData(graph)", opened)
+    page.evaluate(LOAD, opened)
     again = page.evaluate(GRAPH)
     assert (nodes_by_id(again), again["links"]) == (nodes_by_id(opened), opened["links"])
-    thumbnail = f"{url}/api/workflow_templates/ComfyUI-ControlNeXt/{file.stem.replace(' ', '%20')}.jpg"
-    with comfy_client.open_url(thumbnail) as picture:
+    with comfy_client.open_url(f"{template}.jpg") as picture:
         assert Image.open(picture).size[0] >= 400
 
 
@@ -212,7 +224,7 @@ def test_a_blueprint_is_listed_and_comes_as_the_example_in_one_node(page, url, b
     assert [entry["info"]["node_pack"] for entry in listed if entry["name"] == blueprint] == [
         "custom_nodes.ComfyUI-ControlNeXt"]
     saved = json.loads((environment.REPOSITORY / "example_workflows" / f"{example}.json").read_text(encoding="utf-8"))
-    page.evaluate("async graph => app.loadGraphData(graph)", saved)
+    page.evaluate(LOAD, saved)
     expected = connections(page.evaluate(PROMPT))
     add_first(page, search(page, blueprint), blueprint)
     values = page.evaluate("() => app.graph.nodes[0].widgets.map(widget => widget.value)")
