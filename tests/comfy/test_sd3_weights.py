@@ -80,8 +80,8 @@ def test_what_was_trained_draws_the_same_from_its_files_and_as_a_stock_lora(sd3,
                                                                            models_folder):
     pattern = r"attn\.to_(q|v|out)|norm_out"  # with parts of a tensor, and one whose halves are exchanged
     trained, _, _, with_weights = train(sd3, steps=2, unet_pattern=pattern, gradient_checkpointing=False)
-    comfy_nodes["ControlNeXtSave"].execute(trained, "controlnext/sd3")
-    saved = max((OUTPUT / "controlnext").glob("sd3_*_"))
+    comfy_nodes["ControlNeXtSave"].execute(trained, "controlnext/small_sd3")
+    saved = max((OUTPUT / "controlnext").glob("small_sd3_*_"))
     for file in ("controlnet", "unet"):
         (saved / f"{file}.safetensors").rename(models_folder / "controlnext" / f"sd3_{file}.safetensors")
     loaded = run("ControlNeXtLoader", controlnext_name="sd3_controlnet.safetensors", variant="auto")
