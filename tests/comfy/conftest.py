@@ -89,11 +89,12 @@ def unets():
 @pytest.fixture(scope="session")
 def controlnexts(run, goldens, models_folder):
     """{family: CONTROLNEXT}, loaded by name, as wide as the small UNets."""
+    from models import narrowed
+    from safetensors.torch import save_file
     from sampling import FAMILIES
-    from svd_files import write_controlnext
     loaded = {}
     for family in FAMILIES:
-        write_controlnext(models_folder / "controlnext", goldens.state_dict(family), f"{family}.safetensors")
+        save_file(narrowed(goldens.state_dict(family)), models_folder / "controlnext" / f"{family}.safetensors")
         loaded[family] = run("ControlNeXtLoader", controlnext_name=f"{family}.safetensors", variant=family)
     return loaded
 

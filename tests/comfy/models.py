@@ -28,7 +28,8 @@ UNETS = {
         use_temporal_attention=True, use_temporal_resblock=True, extra_ff_mix_layer=True, use_spatial_context=True,
         merge_strategy="learned_with_images", merge_factor=0.0, video_kernel_size=[3, 1, 1])),
 }
-SMALL = dict(num_res_blocks=[1, 1], channel_mult=[1, 1], transformer_depth=[1, 0],
+WIDTH = 64  # of the small UNets, a fifth of the released ones
+SMALL = dict(model_channels=WIDTH, num_res_blocks=[1, 1], channel_mult=[1, 1], transformer_depth=[1, 0],
              transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1)
 SD35_MEDIUM = dict(x_block_self_attn_layers=[0, 1], qk_norm="rms")
 NARROW = dict(time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)  # of a module that is quick
@@ -67,8 +68,19 @@ def golden_unet(goldens, base: str) -> comfy.model_patcher.ModelPatcher:
 
 
 def small_unet(base: str, dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patcher.ModelPatcher:
-    """A UNet of ``base``'s class with few blocks, 320 wide, and seeded random weights, for what needs no golden."""
+    """A UNet of ``base``'s class with few narrow blocks and seeded random weights, for what needs no golden."""
     return _filled(unet_model(base, dtype, **{**SMALL, **changes}), seed)
+
+
+def known_unet(seed: int = 0, **changes) -> comfy.model_patcher.ModelPatcher:
+    """A small UNet that ComfyUI's loaders know as an SD1.5, by its width."""
+    return small_unet("sd15", seed=seed, model_channels=320, **changes)
+
+
+def narrowed(state_dict: dict[str, torch.Tensor], width: int = WIDTH) -> dict[str, torch.Tensor]:
+    """A module's weights, its last layer cut to the width of a small UNet."""
+    return state_dict | {key: value[:width].contiguous() for key, value in state_dict.items()
+                         if key.startswith("mid_convs.1.")}
 
 
 def _filled(patcher, seed: int) -> comfy.model_patcher.ModelPatcher:

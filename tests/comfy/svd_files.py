@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from comfy.clip_model import CLIPVisionModelProjection  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
-from models import UNETS  # noqa: E402
+from models import UNETS, narrowed  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from controlnext_core.unet_keys import diffusers_to_ldm  # noqa: E402
@@ -76,9 +76,8 @@ def write_unet(folder: Path) -> None:
 
 
 def write_controlnext(folder: Path, state_dict: dict, name: str) -> None:
-    """A family's control module, its last layer cut to the only width of a small UNet."""
-    last = {key: value[:320].contiguous() for key, value in state_dict.items() if key.startswith("mid_convs.1.")}
-    save_file({**state_dict, **last}, folder / name)
+    """A family's control module, its last layer cut to the only width of UNET_CONFIG."""
+    save_file(narrowed(state_dict, UNET_CONFIG["model_channels"]), folder / name)
 
 
 if __name__ == "__main__":

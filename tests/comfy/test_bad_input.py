@@ -8,7 +8,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import pytest
 import torch
-from models import small_sd3, small_unet
+from models import narrowed, small_sd3, small_unet
 from safetensors.torch import save, save_file
 
 
@@ -44,7 +44,7 @@ def loader(run, models_folder):
 def apply(run, models_folder, goldens):
     def apply_node(model, family="sd15", variant="auto", image=None, start_percent=0.0, end_percent=1.0, **optional):
         name = f"{family}.safetensors"
-        save_file(goldens.state_dict(family), models_folder / "controlnext" / name)
+        save_file(narrowed(goldens.state_dict(family)), models_folder / "controlnext" / name)
         controlnext = run("ControlNeXtLoader", controlnext_name=name, variant=variant)
         image = torch.zeros(1, 64, 64, 3) if image is None else image
         return run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=1.0,
@@ -170,11 +170,12 @@ def test_a_variant_for_another_model_names_both(apply, sd15):
     assert "the connected MODEL is SD1.5" in message
 
 
-def test_a_wide_file_on_a_model_without_such_a_place_says_so(apply):
+def test_a_file_on_a_model_that_is_wider_at_its_place_says_so(apply, sd15):
     with pytest.raises(ValueError) as raised:
-        apply(small_unet("sd15", channel_mult=[1, 2]), family="sd15_mid")
-    assert "gives 1280 channels" in one_sentence(raised)
-    assert "none of its places fits" in str(raised.value)
+        apply(sd15, family="sd15_mid")
+    message = one_sentence(raised)
+    assert "gives 64 channels and should enter at middle" in message
+    assert "is 128 channels wide there; set inject_at to conv_in or down_0" in message
 
 
 def test_inject_at_of_another_width_says_which_places_fit(apply, sd15):
@@ -220,7 +221,7 @@ def test_a_transformer_model_is_not_supported_yet(apply):
 def test_a_file_for_a_unet_does_not_fit_a_transformer(apply):
     with pytest.raises(ValueError) as raised:
         apply(small_sd3())
-    assert ("sd15.safetensors gives 320 channels and should enter at tokens, but the connected MODEL is 192 channels "
+    assert ("sd15.safetensors gives 64 channels and should enter at tokens, but the connected MODEL is 192 channels "
             "wide there; none of its places fits") in one_sentence(raised)
     with pytest.raises(ValueError) as raised:
         apply(small_sd3(), variant="sdxl")

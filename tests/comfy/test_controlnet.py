@@ -330,7 +330,7 @@ def test_a_wrong_base_is_our_sentence_at_the_first_use(hang, unets, controlnexts
         sample(unets["sdxl"], *hung, latent("sdxl"), steps=1)
     wider = small_unet("sd15", channel_mult=[1, 2])
     hung = hang(controlnexts["sd15_mid"], picture(), *conds(wider, "sd15"))
-    with pytest.raises(ValueError, match="^inject_at: sd15_mid.safetensors gives 320 channels .* at middle"):
+    with pytest.raises(ValueError, match="^inject_at: sd15_mid.safetensors gives 64 channels .* at middle"):
         sample(wider, *hung, latent("sd15"), steps=1)
     bad = picture()
     bad[0, 0, 0] = float("nan")

@@ -13,7 +13,7 @@ import comfy.samplers
 import psutil
 import pytest
 import torch
-from models import small_unet
+from models import WIDTH, narrowed, small_unet
 from safetensors.torch import save_file
 from sampling import cond, one_call_each, picture, sample
 
@@ -31,7 +31,7 @@ def load(run, goldens, models_folder):
     """load(variant, file): a CONTROLNEXT of the goldens' weights, in a file of its own."""
     def load_file(variant: str, name: str, **changes):
         path = models_folder / "controlnext" / f"cache_{name}.safetensors"
-        save_file({**goldens.state_dict(variant), **changes}, path)
+        save_file({**narrowed(goldens.state_dict(variant)), **changes}, path)
         return run("ControlNeXtLoader", controlnext_name=path.name, variant=variant)
     return load_file
 
@@ -259,7 +259,7 @@ def test_what_changes_the_features_is_computed_anew(apply, unets, controlnexts, 
         controlnext = type(before)(before.loaded, "svd_padded", before.name)
     elif name == "weights":
         time.sleep(0.01)  # a file written in the same tick of the file system's clock is the same file
-        controlnext = load("sd15", "sd15", **{"mid_convs.1.bias": torch.linspace(-1, 1, 320)})
+        controlnext = load("sd15", "sd15", **{"mid_convs.1.bias": torch.linspace(-1, 1, WIDTH)})
         assert controlnext.loaded is not before.loaded
     elif name == "dtype":
         model = small_unet("sd15", torch.bfloat16)
@@ -327,7 +327,7 @@ def test_more_images_than_the_bound_are_read_anew_each_step_with_equal_results(
     monkeypatch.setattr(loaded.image_parts, "limit", loaded.image_parts.limit // 2 ** 20)
     assert torch.equal(sampled(model, batch=3), expected)
     assert len(images) == 3 + 9
-    assert loaded.features.size == 9 * 320 * 4 * 4 * 4
+    assert loaded.features.size == 9 * WIDTH * 4 * 4 * 4
 
 
 def test_the_cache_ends_with_the_model_without_the_garbage_collector(apply, unets, load):

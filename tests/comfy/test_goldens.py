@@ -97,8 +97,8 @@ def test_unet_equals_reference(run, goldens, models_folder, base, unet, output, 
             assert_equals_reference(goldens, base, model, case, output)
 
 
+@pytest.mark.parametrize("base", ["sd15"], indirect=True, scope="module")  # test_controlnet.py has all
 def test_control_that_hangs_on_the_conditioning_equals_reference(run, hang, goldens, models_folder, base, unet):
-    """With one family: test_controlnet.py compares both routes for all."""
     case = first_case(goldens, base)
     positive, _, _ = forward_inputs(goldens, base, unet, case)
     hung, _ = hang(**control(run, goldens, models_folder, BASES[base][0], case), positive=positive, negative=[])

@@ -8,7 +8,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
-from models import small_unet
+from models import known_unet
 from safetensors.torch import save_file
 from sampling import cond, latent, picture, sample
 
@@ -25,7 +25,13 @@ def apart(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def weights():
-    return small_unet("sd15").model.diffusion_model.state_dict()
+    return known_unet().model.diffusion_model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def controlnext(run, goldens, models_folder):
+    save_file(goldens.state_dict("sd15"), models_folder / "controlnext" / "whole.safetensors")
+    return run("ControlNeXtLoader", controlnext_name="whole.safetensors", variant="auto")
 
 
 def scaled_as_it_was(weights: dict) -> tuple[dict, dict]:
@@ -70,30 +76,30 @@ def quantised(request, run, models_folder, weights):
         with torch.inference_mode():
             model = comfy.sd.load_diffusion_model_state_dict(stored)
         assert isinstance(dict(model.model.diffusion_model.named_parameters())[KEY], QuantizedTensor)
-    plain = small_unet("sd15")
+    plain = known_unet()
     plain.model.diffusion_model.load_state_dict(exact)
     return model, plain
 
 
-def test_control_is_as_on_the_same_weights_dequantised_by_both_routes(quantised, controlnexts, apply, hang):
+def test_control_is_as_on_the_same_weights_dequantised_by_both_routes(quantised, controlnext, apply, hang):
     positive, negative = cond(quantised[0], 0), cond(quantised[0], 1)
     changed = []
     for model in quantised:
         off = sample(model, positive, negative, latent("sd15"), cfg=3.0, steps=1)
-        controlled = apply(model, controlnexts["sd15"], picture())
+        controlled = apply(model, controlnext, picture())
         on = sample(controlled, positive, negative, latent("sd15"), cfg=3.0, steps=1)
-        hung = hang(controlnexts["sd15"], picture(), positive, negative)
+        hung = hang(controlnext, picture(), positive, negative)
         assert torch.equal(on, sample(model, *hung, latent("sd15"), cfg=3.0, steps=1))
         changed.append(on - off)
     assert changed[1].norm() > 0
     assert apart(*changed) <= CONTROL
 
 
-def test_control_is_the_same_when_comfyui_loads_a_part_of_the_model_as_with_lowvram(quantised, controlnexts, apply,
+def test_control_is_the_same_when_comfyui_loads_a_part_of_the_model_as_with_lowvram(quantised, controlnext, apply,
                                                                                    monkeypatch):
     model = quantised[0]
     positive = cond(model)
-    controlled = apply(model, controlnexts["sd15"], picture())
+    controlled = apply(model, controlnext, picture())
     expected = sample(controlled, positive, positive, latent("sd15"), steps=1)
     load, streamed = type(controlled).load, []
 
@@ -156,15 +162,15 @@ def packed(weights):
         return comfy.sd.load_diffusion_model_state_dict(dict(weights), {"custom_operations": Packed})
 
 
-def test_control_acts_on_a_base_whose_own_layers_unpack_its_weights(packed, weights, controlnexts, apply):
+def test_control_acts_on_a_base_whose_own_layers_unpack_its_weights(packed, weights, controlnext, apply):
     exact = {key: in_levels(value) if value.ndim == 2 else value for key, value in weights.items()}
-    plain = small_unet("sd15")
+    plain = known_unet()
     plain.model.diffusion_model.load_state_dict(exact)
     changed = []
     for model in (packed, plain):
         positive, negative = cond(model, 0), cond(model, 1)
         off, on = (sample(one, positive, negative, latent("sd15"), steps=1)
-                   for one in (model, apply(model, controlnexts["sd15"], picture())))
+                   for one in (model, apply(model, controlnext, picture())))
         changed.append(on - off)
     assert apart(*changed) <= CONTROL
 

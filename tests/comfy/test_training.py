@@ -29,7 +29,7 @@ ONE_LEVEL = dict(num_res_blocks=[1], channel_mult=[1], transformer_depth=[1], tr
 
 
 def narrow_unet(base: str = "sd15", **changes):
-    return small_unet(base, model_channels=64, **changes)
+    return small_unet(base, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -235,7 +235,7 @@ def test_keys_that_the_model_lacks_are_counted_and_named(unet, load, caplog):
     (lambda path: save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, path),
      "unet_name: bad.safetensors holds no UNet weights for the connected MODEL: it is a LoRA"),
     (lambda path: save_file({ATTENTION: torch.zeros(3, 3)}, path),
-     rf"unet_name: bad.safetensors: tensor {ATTENTION} has shape \[3, 3\] where the connected MODEL has \[320, 320\]"),
+     rf"unet_name: bad.safetensors: tensor {ATTENTION} has shape \[3, 3\] where the connected MODEL has \[64, 64\]"),
 ])
 def test_bad_files_are_one_sentence_that_names_the_input(unet, run, models_folder, write, message):
     write(models_folder / "controlnext" / "bad.safetensors")

@@ -7,17 +7,16 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from models import small_unet
+from models import narrowed, small_unet
 from peak_memory import PeakMemory, give_back_memory
+from safetensors.torch import save_file
 from sampling import cond, sample
-from svd_files import write_controlnext
 
 from controlnext_core.cross_normalization import fit
 from controlnext_core.families import FAMILIES
 
 FRAMES = 10
 SIGMA = 3.0
-ONE_WIDTH = {"channel_mult": [1, 1]}  # quick, and every family's control fits
 WINDOWS = {None: [list(range(FRAMES))],  # no windows
            False: [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]],  # of 4 frames, 1 of them shared
            True: [[0, 1, 2, 3], [2, 3, 4, 5, 6], [5, 6, 7, 8, 9]]}  # one more before the later ones: the causal fix
@@ -25,20 +24,20 @@ WINDOWS = {None: [list(range(FRAMES))],  # no windows
 
 @pytest.fixture(scope="module")
 def svd():
-    return small_unet("svd", **ONE_WIDTH)
+    return small_unet("svd")
 
 
 @pytest.fixture(scope="module")
 def precise():
-    return small_unet("svd", torch.float64, **ONE_WIDTH)
+    return small_unet("svd", torch.float64)
 
 
 @pytest.fixture(scope="module")
 def controlnexts(run, goldens, models_folder):
     loaded = {}
     for family in ("sd15", "svd", "svd_padded", "svd_mid"):
-        name = f"{family}_one_width.safetensors"
-        write_controlnext(models_folder / "controlnext", goldens.state_dict(family), name)
+        name = f"{family}_windows.safetensors"
+        save_file(narrowed(goldens.state_dict(family)), models_folder / "controlnext" / name)
         loaded[family] = run("ControlNeXtLoader", controlnext_name=name, variant=family)
     return loaded
 
@@ -152,7 +151,7 @@ def test_each_frame_of_a_window_keeps_its_own_mask(apply, windows, controlnexts,
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_windows_of_animatediff_evolved_get_their_frames(apply, controlnexts, cfg):
-    model, images, frames = small_unet("sd15", **ONE_WIDTH), video(), [7, 8, 9]
+    model, images, frames = small_unet("sd15"), video(), [7, 8, 9]
     windowed = apply(model, controlnexts["sd15"], images)
     windowed.model_options["transformer_options"]["ad_params"] = {"sub_idxs": frames, "full_length": FRAMES}
     latent = random(3, 4, 8, 8)

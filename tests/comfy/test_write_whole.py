@@ -7,7 +7,7 @@ import folder_paths
 import pytest
 import torch
 from faults import full_disk, kill_while_writing
-from models import small_unet
+from models import known_unet
 from safetensors.torch import load_file, save_file
 
 from controlnext_core.unet_keys import diffusers_to_ldm
@@ -18,7 +18,7 @@ SIZES = {"model": (1, 5 * MB, 20 * MB, 40 * MB), "lora": (1, 10 * MB, 30 * MB)} 
 
 @pytest.fixture(scope="module")
 def unet():
-    return small_unet("sd15")
+    return known_unet()
 
 
 @pytest.fixture
