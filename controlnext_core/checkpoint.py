@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .families import families_of
+from .families import either, families_of
 from .layouts import layout_of, solve_widths
 from .module import ControlNeXtModule
 
@@ -46,7 +46,7 @@ class Checkpoint:
         """Raises ValueError when a named variant cannot be what this file is."""
         names = [family.name for family in families_of(self.layout)]
         if variant != "auto" and variant not in names:
-            fitting = " or ".join(names)
+            fitting = either(names)
             raise ValueError(f"variant: {variant} was chosen, but the file's tensors are those of {fitting}; "
                              f"choose auto or {fitting}.")
 

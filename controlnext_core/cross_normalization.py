@@ -67,6 +67,12 @@ def add_controls(h: torch.Tensor, controls: list[tuple[torch.Tensor, torch.Tenso
 
 
 def add_to_tokens(tokens: torch.Tensor, controls: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """``add_controls`` for the tokens of a picture, row by row, (B, H * W, C); H and W are those of the features."""
-    h = tokens.transpose(1, 2).unflatten(2, controls[0][0].shape[-2:])
-    return add_controls(h, controls).flatten(2).transpose(1, 2)
+    """``add_controls`` for a picture's tokens, row by row, the first H * W of (B, N, C); H and W are the features'.
+
+    The others (reference pictures) stay as they are, and out of the statistics.
+    """
+    size = controls[0][0].shape[-2:]
+    count = size.numel()
+    h = tokens[:, :count].transpose(1, 2).unflatten(2, size)
+    picture = add_controls(h, controls).flatten(2).transpose(1, 2)
+    return picture if count == tokens.shape[1] else torch.cat([picture, tokens[:, count:]], 1)

@@ -7,13 +7,20 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-BASE_NAMES = {"sd15": "SD1.5", "sdxl": "SDXL", "svd": "SVD", "sd3": "SD3"}
+BASE_NAMES = {"sd15": "SD1.5", "sdxl": "SDXL", "svd": "SVD", "sd3": "SD3", "flux": "Flux.1"}
+NAMED = 5  # choices in a sentence
 
 
 def listed(bases: Iterable[str]) -> str:
     """Names of bases for a sentence: ``SD1.5, SDXL and SVD``."""
     *names, last = (BASE_NAMES[base] for base in bases)
     return f"{', '.join(names)} and {last}"
+
+
+def either(names: Iterable[str]) -> str:
+    """Choices for a sentence: ``a or b``, and of many the first ones."""
+    names = list(dict.fromkeys(names))
+    return " or ".join(names) if len(names) <= NAMED else f"{', '.join(names[:NAMED])} or another"
 
 
 def _as_is(scale: float) -> float:
@@ -76,14 +83,14 @@ FAMILIES = {
                gain=_fifth, zero_negative_scale=True, window_reference=True),
         Family("svd_mid", "svd", "video_mid", "before_middle", pool_first=False, eps=1e-5,
                gain=_sigmoid, zero_negative_scale=True, stem_padding=0, stem_pool=True),
-        # never released: of this project. Pooled first, its deviation is that of the tokens whatever the image
-        Family("sd3", "sd3", "light", "tokens", pool_first=True, eps=1e-12),
+        # never released: of this project. Pooled first, their deviation is that of the tokens whatever the image
+        *(Family(base, base, "light", "tokens", pool_first=True, eps=1e-12) for base in ("sd3", "flux")),
     )
 }
 
 
 def families_of(layout: str) -> list[Family]:
-    """Families whose files have this state dict layout, in the table's order. ``light`` files leave five."""
+    """Families whose files have this state dict layout, in the table's order. ``light`` files leave many."""
     return [family for family in FAMILIES.values() if family.layout == layout]
 
 
@@ -99,8 +106,8 @@ def resolve(layout: str, variant: str, base: str) -> Family:
     for family in candidates:
         if family.base == base:
             return family
-    names = " or ".join(family.name for family in candidates)
-    bases = " or ".join(BASE_NAMES[family.base] for family in candidates)
+    names = either(family.name for family in candidates)
+    bases = either(BASE_NAMES[family.base] for family in candidates)
     raise ValueError(
         f"model: the ControlNeXt file is {names} (for {bases}), but the connected MODEL is {BASE_NAMES[base]}; "
         f"connect a {bases} MODEL or load a ControlNeXt file for {BASE_NAMES[base]}."

@@ -1,13 +1,14 @@
 """What a ControlNeXt is for a connected MODEL: its family, place and gains, or one sentence on why it does not fit."""
 
 import comfy.model_base
+from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_api.latest import io
 
-from ..controlnext_core.families import BASE_NAMES, Family, listed, resolve
+from ..controlnext_core.families import BASE_NAMES, Family, either, listed, resolve
 from .model import ControlNeXt
-from .places import PLACES, Place, either, places_of
+from .places import PLACES, Place, places_of
 
 # ComfyUI's classes of the denoiser and of the model around it -> base; the first row that fits speaks
 BASES = (
@@ -15,6 +16,7 @@ BASES = (
     (UNetModel, comfy.model_base.SDXL, "sdxl"),
     (UNetModel, comfy.model_base.BaseModel, "sd15"),
     (MMDiT, comfy.model_base.SD3, "sd3"),
+    (Flux, comfy.model_base.Flux, "flux"),
 )
 
 WHERE = ("Where control enters the UNet, or the tokens of a transformer such as SD3: at once or after a block. auto is "

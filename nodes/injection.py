@@ -7,6 +7,7 @@ controls that sit in the MODEL) and ``serve`` (of controls that hang on a condit
 
 from collections.abc import Callable
 
+from comfy.model_sampling import CONST
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..controlnext_core.cross_normalization import add_controls, add_to_tokens
@@ -203,7 +204,8 @@ def describe(sampling, dtype, x, t, options: dict) -> Forward:
     # more rows than there are in the whole batch are those of several tiles, all halves of a tile together
     frames, total = _frames(rows if not samples or rows % samples else samples, options)
     halves *= rows // len(frames)
-    timesteps = sampling.timestep(t[:len(frames)]).float()
+    # the module is given 0 to 1000, of flow models too, some of which count from 0 to 1
+    timesteps = (1000 * t if isinstance(sampling, CONST) else sampling.timestep(t))[:len(frames)].float()
     return Forward(float(t[0]), tuple(timesteps.tolist()), halves, latent, size, frames, total, dtype, x.device)
 
 

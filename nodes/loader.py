@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..controlnext_core.families import BASE_NAMES, FAMILIES, families_of
+from ..controlnext_core.families import BASE_NAMES, FAMILIES, either, families_of
 from .files import fingerprint_listed, list_files
 from .model import FOLDERS, ControlNeXt, ControlNeXtType, load_controlnext
 from .preview import show_text
@@ -43,8 +43,8 @@ def _describe(controlnext: ControlNeXt) -> str:
     families = families_of(controlnext.loaded.checkpoint.layout)
     if controlnext.variant != "auto":
         families = [FAMILIES[controlnext.variant]]
-    names = " or ".join(family.name for family in families)
-    bases = " or ".join(dict.fromkeys(BASE_NAMES[family.base] for family in families))
+    names = either(family.name for family in families)
+    bases = either(BASE_NAMES[family.base] for family in families)
     parameters = list(controlnext.loaded.checkpoint.module.parameters())
     size = sum(parameter.numel() for parameter in parameters) / 1e6
     precision = str(parameters[0].dtype).removeprefix("torch.")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import comfy.model_patcher
+from comfy.ldm.flux.model import Flux
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 
 INPUT_SLOT = "input_block_patch_after_skip"
@@ -13,11 +15,28 @@ MIDDLE_SLOT, MIDDLE_BLOCK = (
     else ("output_block_patch", ("output", 0))
 )
 TOKEN_SLOT = "controlnext_tokens"  # of this pack alone: ComfyUI looks after what it holds, and a forward puts it to use
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Where a class of ComfyUI's transformers has what a place is read off; ComfyUI calls its blocks ``double_block``.
+
+    Attributes:
+        blocks: attribute with the blocks.
+        width: attribute with the width of a token.
+    """
+
+    blocks: str
+    width: str
+
+
+TRANSFORMERS = {
+    MMDiT: Transformer("joint_blocks", "hidden_size"),
+    Flux: Transformer("double_blocks", "hidden_size"),
+}
 # what nodes offer: of a transformer the first third of the longest, control that enters later has little left to steer
 PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle",
           "tokens", *(f"block_{index}" for index in range(12)))
-NAMED = 6  # places in a sentence
-
 
 @dataclass(frozen=True)
 class Place:
@@ -33,7 +52,7 @@ class Place:
 
 
 def places_of(denoiser) -> dict[str, Place]:
-    """{name: Place} of ComfyUI's UNetModel or MMDiT."""
+    """{name: Place} of ComfyUI's UNetModel or one of TRANSFORMERS."""
     return _unet_places(denoiser) if isinstance(denoiser, UNetModel) else _token_places(denoiser)
 
 
@@ -58,12 +77,7 @@ def _token_places(transformer) -> dict[str, Place]:
 
     So a block serves one place, and nothing enters after the last, where no block would read it.
     """
-    halvings = transformer.patch_size.bit_length() - 1
-    names = ("tokens", *(f"block_{index}" for index in range(len(transformer.joint_blocks) - 1)))
-    return {name: Place(TOKEN_SLOT, ("double_block", index), transformer.hidden_size, halvings)
-            for index, name in enumerate(names)}
-
-
-def either(names: list[str]) -> str:
-    """Places to choose from, for a sentence: ``a or b``, and of many the first ones."""
-    return " or ".join(names) if len(names) <= NAMED else f"{', '.join(names[:NAMED])} or another block"
+    row = next(row for kind, row in TRANSFORMERS.items() if isinstance(transformer, kind))
+    width, halvings = getattr(transformer, row.width), transformer.patch_size.bit_length() - 1
+    names = ("tokens", *(f"block_{index}" for index in range(len(getattr(transformer, row.blocks)) - 1)))
+    return {name: Place(TOKEN_SLOT, ("double_block", index), width, halvings) for index, name in enumerate(names)}

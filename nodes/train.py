@@ -14,14 +14,14 @@ from comfy_api.latest import io
 from tqdm.auto import tqdm
 
 from ..controlnext_core import checkpoint
-from ..controlnext_core.families import BASE_NAMES, listed, resolve
+from ..controlnext_core.families import BASE_NAMES, either, listed, resolve
 from ..controlnext_core.training import UNET_PATTERNS, Training, new_module, select_weights, with_scale
 from ..controlnext_core.unet_keys import Target, targets_of
 from ..controlnext_core.unet_weights import read
 from .base import base_of_model, family_of, inject_at_input
 from .files import fingerprint, write_whole
 from .model import ControlNeXt, ControlNeXtType, trained_controlnext
-from .places import either, places_of
+from .places import places_of
 from .preview import send_text, show_text
 from .training_data import Samples
 from .training_run import Run, TrainingControl, trainable_clone

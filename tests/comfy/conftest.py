@@ -118,6 +118,20 @@ def hang(run):
     return hang_node
 
 
+@pytest.fixture(params=["model", "conditioning"])
+def control(request, apply, hang):
+    """control(model, controlnext, image, ...): (MODEL, positive, negative) under control by one route or the other."""
+    from sampling import conds
+
+    def controlled(model, controlnext, image, positive=None, negative=None, **settings):
+        prompts = conds(model)
+        positive, negative = positive or prompts[0], negative or prompts[1]
+        if request.param == "model":
+            return apply(model, controlnext, image, **settings), positive, negative
+        return model, *hang(controlnext, image, positive, negative, **settings)
+    return controlled
+
+
 @pytest.fixture
 def cache_of(pack):
     return pack("nodes.feature_cache").FeatureCache

@@ -1,4 +1,4 @@
-"""UNets with the goldens' weights, and small UNets and SD3s of the same classes, inside ComfyUI's own model objects."""
+"""UNets with the goldens' weights, small UNets and transformers of the same classes, in ComfyUI's own model objects."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,6 +32,12 @@ WIDTH = 64  # of the small UNets, a fifth of the released ones
 SMALL = dict(model_channels=WIDTH, num_res_blocks=[1, 1], channel_mult=[1, 1], transformer_depth=[1, 0],
              transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1)
 SD35_MEDIUM = dict(x_block_self_attn_layers=[0, 1], qk_norm="rms")
+TRANSFORMERS = {  # with real heads
+    "flux": (comfy.supported_models.Flux, dict(
+        image_model="flux", in_channels=16, out_channels=16, vec_in_dim=24, context_in_dim=40, hidden_size=128,
+        mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=1, axes_dim=[16, 56, 56], txt_ids_dims=[], theta=10000,
+        patch_size=2, qkv_bias=True, guidance_embed=True)),
+}
 NARROW = dict(time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)  # of a module that is quick
 
 
@@ -109,6 +115,21 @@ def small_sd3(dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patc
     transformer = patcher.model.diffusion_model
     transformer.pos_embed.copy_(torch.randn(transformer.pos_embed.shape, generator=torch.Generator().manual_seed(seed)))
     return patcher
+
+
+def transformer_model(base: str, dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL of ComfyUI's class for ``base`` with three blocks, its weights not filled."""
+    if base == "sd3":
+        return sd3_model(dtype, **changes)
+    model_class, config = TRANSFORMERS[base]
+    return _patcher(model_class({**config, "dtype": dtype, **changes}), dtype)
+
+
+def small_transformer(base: str, dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patcher.ModelPatcher:
+    """The same with seeded random weights."""
+    if base == "sd3":
+        return small_sd3(dtype, seed, **changes)
+    return _filled(transformer_model(base, dtype, **changes), seed)
 
 
 def small_unets(dtype=torch.float32) -> dict:

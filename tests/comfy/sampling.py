@@ -6,18 +6,21 @@ import torch
 
 FAMILIES = {"sd15": "sd15", "sd15_mid": "sd15", "sdxl": "sdxl", "svd": "svd", "svd_padded": "svd", "svd_mid": "svd"}
 FRAMES = 2
+CONTEXT_WIDTHS = ("context_dim", "context_in_dim")  # as the denoisers' configurations name it
 
 
 def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = None, **extra) -> list:
     """A CONDITIONING with a seeded random prompt of the model's width."""
     config = model.model.model_config.unet_config
-    transformer = "context_embedder_config" in config
+    sd3 = "context_embedder_config" in config
     generator = torch.Generator().manual_seed(1000 + seed)
     if context is None:
         tokens = 1 if config.get("use_temporal_attention") else 77
-        context = torch.randn(batch, tokens, 4096 if transformer else config["context_dim"], generator=generator)
-    if config.get("adm_in_channels") and "pooled_output" not in extra:
-        extra["pooled_output"] = torch.randn(1, 2048 if transformer else 1280, generator=generator)
+        width = 4096 if sd3 else next(config[name] for name in CONTEXT_WIDTHS if name in config)
+        context = torch.randn(batch, tokens, width, generator=generator)
+    if "pooled_output" not in extra and (config.get("adm_in_channels") or config.get("vec_in_dim")):
+        extra["pooled_output"] = torch.randn(1, config.get("vec_in_dim") or (2048 if sd3 else 1280),
+                                             generator=generator)
     return [[context, extra]]
 
 
@@ -60,10 +63,10 @@ def picture(seed: int = 0, count: int = 1, height: int = 64, width: int = 64) ->
 
 
 def latent(base: str, batch: int = 1, height: int = 8, width: int = 8) -> torch.Tensor:
-    return torch.zeros(FRAMES if base == "svd" else batch, 16 if base == "sd3" else 4, height, width)
+    return torch.zeros(FRAMES if base == "svd" else batch, 4 if base in ("sd15", "sdxl", "svd") else 16, height, width)
 
 
-def conds(model, base: str):
+def conds(model, base: str = ""):
     """(positive, negative) with what the model of this base needs."""
     extra = {"concat_latent_image": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))}
     extra = extra if base == "svd" else {}

@@ -206,16 +206,14 @@ def test_start_not_before_end_is_an_error(apply, sd15, start, end):
     assert f"start_percent: {start:g} is not before end_percent {end:g}" in one_sentence(raised)
 
 
-def test_a_transformer_model_is_not_supported_yet(apply):
-    flux = comfy.supported_models.Flux({
-        "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8,
-        "hidden_size": 48, "mlp_ratio": 1.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
-        "axes_dim": [8, 8, 8], "txt_ids_dims": [], "theta": 10000, "patch_size": 2, "qkv_bias": True,
-        "guidance_embed": False, "dtype": torch.float32})
-    model = comfy.model_patcher.ModelPatcher(flux.get_model({}), torch.device("cpu"), torch.device("cpu"))
+def test_a_model_of_no_known_base_is_not_supported_yet(apply):
+    aura = comfy.supported_models.AuraFlow({
+        "in_channels": 4, "out_channels": 4, "dim": 48, "n_layers": 1, "n_double_layers": 1, "n_heads": 2,
+        "global_conddim": 48, "cond_seq_dim": 8, "max_seq": 16, "dtype": torch.float32})
+    model = comfy.model_patcher.ModelPatcher(aura.get_model({}), torch.device("cpu"), torch.device("cpu"))
     with pytest.raises(ValueError) as raised:
         apply(model)
-    assert "SVD and SD3 models; the connected MODEL is a Flux, which is not supported yet" in one_sentence(raised)
+    assert "models; the connected MODEL is a AuraFlow, which is not supported yet" in one_sentence(raised)
 
 
 def test_a_file_for_a_unet_does_not_fit_a_transformer(apply):

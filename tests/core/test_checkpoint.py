@@ -84,7 +84,7 @@ def test_variant_that_does_not_fit_the_file_names_those_that_do(goldens):
     checkpoint = read(goldens.state_dict("sd15"), "f")
     for fitting in ("auto", "sd15", "sdxl", "svd", "svd_padded"):
         checkpoint.check_variant(fitting)
-    with pytest.raises(ValueError, match="variant: svd_mid was chosen.*sd15 or sdxl or svd or svd_padded"):
+    with pytest.raises(ValueError, match="variant: svd_mid was chosen.*sd15, sdxl, svd, svd_padded, sd3 or another;"):
         checkpoint.check_variant("svd_mid")
 
 

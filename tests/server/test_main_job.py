@@ -41,7 +41,7 @@ def controlled(sample) -> tuple[np.ndarray, list]:
 CONTRACT = {
     "ControlNeXtLoader": (
         {"controlnext_name": None,
-         "variant": ["auto", "sd15", "sd15_mid", "sdxl", "svd", "svd_padded", "svd_mid", "sd3"]},
+         "variant": ["auto", "sd15", "sd15_mid", "sdxl", "svd", "svd_padded", "svd_mid", "sd3", "flux"]},
         {},
         ["CONTROLNEXT"],
     ),

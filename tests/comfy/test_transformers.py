@@ -1,0 +1,157 @@
+"""Control of every transformer that this project knows, on small random models of the real classes.
+
+Expected is what plain hooks on the blocks give (see tokens.py).
+"""
+
+import pytest
+import torch
+from models import small_transformer
+from sampling import cond, conds, one_call_each, picture, relative
+from tokens import BASES, BLOCK_BEHIND, by_hand, drawn, entering, new_controlnext
+
+REFERENCES = ("flux",)  # bases that take reference latents
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return small_transformer(base)
+
+
+@pytest.fixture(scope="module")
+def controlnext(pack, base):
+    return new_controlnext(pack, base)
+
+
+def with_reference(positive, seed: int = 0):
+    """A conditioning that carries one reference latent, wider than the picture."""
+    latent = torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(seed))
+    return [[context, {**extra, "reference_latents": [latent]}] for context, extra in positive]
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("place", ["tokens", "block_1"])
+def test_control_is_added_to_the_tokens_as_by_hand(base, model, control, controlnext, place):
+    image = picture()
+    with by_hand(base, model, controlnext, {BLOCK_BEHIND[place]: [(image, 0.8)]}):
+        expected = drawn(base, model)
+    controlled = control(model, controlnext, image, strength=0.8, inject_at=place)
+    assert relative(drawn(base, *controlled), expected) <= 5e-5
+    assert relative(drawn(base, model), expected) > 1e-2
+
+
+def test_control_is_added_as_by_hand_where_a_latent_has_odd_sides(base, model, control, controlnext):
+    image = picture(0, 1, 7 * 8, 11 * 8)
+    with by_hand(base, model, controlnext, {0: [(image, 1.0)]}, grid=(4, 6)):
+        expected = drawn(base, model, size=(7, 11))
+    assert relative(drawn(base, *control(model, controlnext, image), size=(7, 11)), expected) <= 5e-5
+
+
+@pytest.mark.parametrize("settings", [dict(strength=0.0), dict(end_percent=0.001, start_percent=0.0005)], ids=str)
+def test_control_that_is_off_changes_no_bit(base, model, control, controlnext, settings):
+    options = dict(cfg=1.0, steps=3, denoise=0.5)
+    assert torch.equal(drawn(base, *control(model, controlnext, picture(), **settings), **options),
+                       drawn(base, model, **options))
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(start_percent=0.3, inject_at="block_0"), dict(end_percent=0.6, apply_to="positive")], ids=str)
+def test_both_routes_draw_the_same(base, model, apply, hang, controlnext, settings):
+    images, (positive, negative) = picture(1, 2), conds(model)
+    by_model = drawn(base, apply(model, controlnext, images, **settings), batch=2, steps=3)
+    by_conditioning = drawn(base, model, *hang(controlnext, images, positive, negative, **settings), batch=2, steps=3)
+    assert relative(by_conditioning, by_model) <= 1e-6
+    assert relative(drawn(base, model, batch=2, steps=3), by_model) > 1e-3
+
+
+@pytest.mark.parametrize("places", [("tokens", "tokens"), ("block_1", "tokens")])
+@pytest.mark.parametrize("routes", [("model", "model"), ("conditioning", "conditioning"), ("model", "conditioning")])
+def test_two_controls_act_together_in_any_order(base, model, apply, hang, controlnext, routes, places):
+    blocks, images = {}, (picture(0), picture(1))
+    for image, place in zip(images, places, strict=True):
+        blocks.setdefault(BLOCK_BEHIND[place], []).append((image, 0.6))
+    with by_hand(base, model, controlnext, blocks):
+        expected = drawn(base, model)
+    asked = list(zip(routes, places, images, strict=True))
+    for order in (asked, asked[::-1]):
+        controlled, positive, negative = model, *conds(model)
+        for route, place, image in order:
+            settings = dict(strength=0.6, inject_at=place)
+            if route == "model":
+                controlled = apply(controlled, controlnext, image, **settings)
+            else:
+                positive, negative = hang(controlnext, image, positive, negative, **settings)
+        assert relative(drawn(base, controlled, positive, negative), expected) <= 5e-5
+
+
+def test_text_and_reference_pictures_enter_the_first_block_untouched(base, model, control, controlnext):
+    positive, entered = conds(model)[0], []
+    if base in REFERENCES:
+        positive = with_reference(positive)
+    with entering(base, model, 0, lambda tokens, text: entered.append((tokens.clone(), text.clone()))):
+        drawn(base, model, positive, cfg=1.0)
+        drawn(base, *control(model, controlnext, picture(), positive), cfg=1.0)
+    (tokens, text), (controlled, controlled_text) = entered
+    assert torch.equal(controlled_text, text)
+    assert torch.equal(controlled[:, 16:], tokens[:, 16:])
+    assert tokens.shape[1] == (16 + 24 if base in REFERENCES else 16)
+    assert not torch.isclose(controlled[:, :16], tokens[:, :16]).all(-1).any()
+
+
+@pytest.mark.parametrize("base", REFERENCES, indirect=True)
+def test_control_is_added_beside_reference_pictures_as_by_hand(base, model, control, controlnext):
+    prompts = [with_reference(prompt) for prompt in conds(model)]
+    with by_hand(base, model, controlnext, {0: [(picture(), 1.0)], 1: [(picture(1), 0.5)]}):
+        expected = drawn(base, model, *prompts)
+    controlled = control(model, controlnext, picture(), *prompts)
+    controlled = control(controlled[0], controlnext, picture(1), *controlled[1:], strength=0.5, inject_at="block_0")
+    assert relative(drawn(base, *controlled), expected) <= 5e-5
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_guidance_halves_draw_the_same_in_one_call_or_two(base, model, control, controlnext, monkeypatch, batch):
+    controlled = control(model, controlnext, picture(0, batch))
+    together = drawn(base, *controlled, batch=batch)
+    one_call_each(monkeypatch, model)
+    assert relative(drawn(base, *controlled, batch=batch), together) <= 1e-5
+
+
+def test_a_mask_says_where_and_in_which_picture_control_acts(base, model, apply, controlnext):
+    image, halves, entered = picture(), torch.zeros(2, 64, 64), []
+    halves[1, :, 32:] = 1.0
+    with entering(base, model, 0, lambda tokens, _: entered.append(tokens.clone())):
+        for one in (model, apply(model, controlnext, image), apply(model, controlnext, image, mask=halves)):
+            drawn(base, one, batch=2, cfg=1.0)
+    plain, full, masked = (tokens.unflatten(1, (4, 4)) for tokens in entered)
+    assert torch.equal(masked[0], plain[0])
+    assert torch.equal(masked[1, :, :2], plain[1, :, :2])
+    assert torch.equal(masked[1, :, 2:], full[1, :, 2:])
+
+
+def test_an_area_gets_its_part_of_the_control_image(run, base, model, control, controlnext):
+    area = run("ConditioningSetArea", conditioning=conds(model)[0], width=32, height=48, x=32, y=16, strength=1.0)
+    with by_hand(base, model, controlnext, {0: [(picture()[:, 16:, 32:], 1.0)]}, grid=(3, 2)):
+        expected = drawn(base, model, area, area, cfg=1.0)
+    assert relative(drawn(base, *control(model, controlnext, picture(), area, area), cfg=1.0), expected) <= 5e-5
+
+
+def test_a_second_run_takes_all_features_from_the_first(base, model, control, controlnext, module_runs):
+    _, runs = module_runs(controlnext)
+    controlnext.loaded.features.clear()
+    first, second = (drawn(base, *control(model, controlnext, picture(3)), steps=2) for _ in range(2))
+    assert len(runs) == 2
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("base", ["flux"], indirect=True)
+def test_distilled_guidance_at_cfg_1_takes_control(base, model, control, controlnext):
+    prompts = [cond(model, 0, guidance=1.5), cond(model, 1)]
+    with by_hand(base, model, controlnext, {0: [(picture(), 1.0)]}):
+        expected = drawn(base, model, *prompts, cfg=1.0)
+        other = drawn(base, model, cfg=1.0)
+    assert relative(drawn(base, *control(model, controlnext, picture(), *prompts), cfg=1.0), expected) <= 5e-5
+    assert relative(other, expected) > 1e-3

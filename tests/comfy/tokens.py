@@ -1,0 +1,102 @@
+"""Transformers under control, seen from outside: plain torch hooks on the blocks of ComfyUI's real classes.
+
+They are the independent rewrite that the tests compare with: of this project they take the module alone.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from models import NARROW
+from sampling import conds, latent, sample
+
+from controlnext_core.families import FAMILIES
+from controlnext_core.training import new_module
+
+BLOCK_BEHIND = {"tokens": 0, "block_0": 1, "block_1": 2}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the hooks need to know of a base.
+
+    Attributes:
+        blocks: name of the list of blocks.
+        picture, text: how a block gets the picture's and the text's tokens: position or keyword.
+        width: of a token in the small model.
+        time: the transformer's timestep at sigma 1.
+    """
+
+    blocks: str
+    picture: int | str
+    text: int | str
+    width: int
+    time: float = 1.0
+
+
+BASES = {
+    "sd3": Base("joint_blocks", 1, 0, 192, 1000.0),
+    "flux": Base("double_blocks", "img", "txt", 128),
+}
+
+
+def new_controlnext(pack, base: str):
+    """A CONTROLNEXT for the small model of a base."""
+    module = new_module(FAMILIES[base], seed=1, out=BASES[base].width, **NARROW)
+    return pack("nodes.model").trained_controlnext(module.state_dict(), "auto", "small.safetensors", {})
+
+
+def drawn(base: str, model, positive=None, negative=None, batch=1, size=(8, 8), **options) -> torch.Tensor:
+    prompts = conds(model)
+    return sample(model, positive or prompts[0], negative or prompts[1], latent(base, batch, *size),
+                  **{"cfg": 3.0, "steps": 1, **options})
+
+
+def module_features(controlnext, image, timestep, grid) -> torch.Tensor:
+    """Normalized features as tokens, (1, h * w, C)."""
+    features = controlnext.patcher.model(image.movedim(-1, 1), timestep, 1, False)
+    features = F.adaptive_avg_pool2d(features, grid)
+    normal = (features - features.mean((1, 2, 3), keepdim=True)) / features.std((1, 2, 3), keepdim=True)
+    return normal.flatten(2).transpose(1, 2)
+
+
+@contextmanager
+def entering(base: str, model, block: int, change: Callable):
+    """Have ``change(picture, text)`` see the tokens that enter a block, and replace the picture's unless it is None."""
+    row = BASES[base]
+
+    def hook(_, args, kwargs):
+        given = {**dict(enumerate(args)), **kwargs}
+        changed = change(given[row.picture], given[row.text])
+        if changed is not None:
+            given[row.picture] = changed
+        return tuple(given[index] for index in range(len(args))), {name: given[name] for name in kwargs}
+    handle = getattr(model.model.diffusion_model, row.blocks)[block].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def by_hand(base: str, model, controlnext, blocks: dict[int, list], grid=(4, 4)):
+    """Add control before blocks of a model, {block: [(image, strength)]}, all normalized against the same tokens."""
+    timestep, count = [], grid[0] * grid[1]
+
+    def adding(added):
+        def add(tokens, _):
+            x = tokens[:, :count]
+            mean, std = x.mean((1, 2), keepdim=True), x.std((1, 2), keepdim=True)
+            x = x + sum(strength * (module_features(controlnext, image, timestep[-1], grid) * std + mean)
+                        for image, strength in added)
+            return torch.cat([x, tokens[:, count:]], 1)
+        return add
+    with ExitStack() as stack:
+        hook = model.model.diffusion_model.register_forward_pre_hook(
+            lambda _, args: timestep.append(args[1][:1] * 1000 / BASES[base].time))
+        stack.callback(hook.remove)
+        for block, added in blocks.items():
+            stack.enter_context(entering(base, model, block, adding(added)))
+        yield
