@@ -1,9 +1,11 @@
 """What a ControlNeXt is for a connected MODEL: its family, place and gains, or one sentence on why it does not fit."""
 
 import comfy.model_base
+from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy_api.latest import io
 
 from ..controlnext_core.families import BASE_NAMES, Family, either, listed, resolve
@@ -16,7 +18,10 @@ BASES = (
     (UNetModel, comfy.model_base.SDXL, "sdxl"),
     (UNetModel, comfy.model_base.BaseModel, "sd15"),
     (MMDiT, comfy.model_base.SD3, "sd3"),
+    (Flux, comfy.model_base.Flux2, "flux2"),
     (Flux, comfy.model_base.Flux, "flux"),
+    (Chroma, comfy.model_base.Chroma, "chroma"),
+    (QwenImageTransformer2DModel, comfy.model_base.QwenImage, "qwen_image"),
 )
 
 WHERE = ("Where control enters the UNet, or the tokens of a transformer such as SD3: at once or after a block. auto is "

@@ -41,6 +41,7 @@ class ControlNeXtControl(ControlNet):
     def pre_run(self, model, percent_to_timestep_function):
         super().pre_run(model, percent_to_timestep_function)
         self._dtype = model.get_dtype_inference()
+        self.compression_ratio = model.latent_format.spacial_downscale_ratio
         self._settled = settle(model, self.controlnext, self.inject_at, self.apply_to)
         self.controlnext.loaded.end_run()  # of a run that was interrupted
 

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import comfy.model_patcher
+from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
 INPUT_SLOT = "input_block_patch_after_skip"
 # ComfyUI before 0.18 has no patch after the middle block; the first output block gets the same features next
@@ -33,6 +35,8 @@ class Transformer:
 TRANSFORMERS = {
     MMDiT: Transformer("joint_blocks", "hidden_size"),
     Flux: Transformer("double_blocks", "hidden_size"),
+    Chroma: Transformer("double_blocks", "hidden_size"),
+    QwenImageTransformer2DModel: Transformer("transformer_blocks", "inner_dim"),
 }
 # what nodes offer: of a transformer the first third of the longest, control that enters later has little left to steer
 PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle",

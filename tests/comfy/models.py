@@ -37,6 +37,17 @@ TRANSFORMERS = {  # with real heads
         image_model="flux", in_channels=16, out_channels=16, vec_in_dim=24, context_in_dim=40, hidden_size=128,
         mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=1, axes_dim=[16, 56, 56], txt_ids_dims=[], theta=10000,
         patch_size=2, qkv_bias=True, guidance_embed=True)),
+    "chroma": (comfy.supported_models.Chroma, dict(
+        image_model="chroma", in_channels=64, out_channels=64, context_in_dim=40, hidden_size=128, mlp_ratio=2.0,
+        num_heads=1, depth=3, depth_single_blocks=1, axes_dim=[16, 56, 56], txt_ids_dims=[], theta=10000, patch_size=2,
+        qkv_bias=True, in_dim=64, out_dim=128, hidden_dim=64, n_layers=1, vec_in_dim=None)),
+    "qwen_image": (comfy.supported_models.QwenImage, dict(
+        image_model="qwen_image", in_channels=64, num_layers=3, num_attention_heads=1, joint_attention_dim=40)),
+    "flux2": (comfy.supported_models.Flux2, dict(
+        image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=40, hidden_size=128,
+        mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=1, axes_dim=[32, 32, 32, 32], txt_ids_dims=[3],
+        theta=2000, patch_size=1, qkv_bias=False, guidance_embed=True, global_modulation=True, mlp_silu_act=True,
+        ops_bias=False, default_ref_method="index", ref_index_scale=10.0)),
 }
 NARROW = dict(time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)  # of a module that is quick
 

@@ -6,7 +6,9 @@ import torch
 
 FAMILIES = {"sd15": "sd15", "sd15_mid": "sd15", "sdxl": "sdxl", "svd": "svd", "svd_padded": "svd", "svd_mid": "svd"}
 FRAMES = 2
-CONTEXT_WIDTHS = ("context_dim", "context_in_dim")  # as the denoisers' configurations name it
+# {base: what is between batch and rows in its latents' shape}, if that is not 16 channels
+LATENTS = {"sd15": (4,), "sdxl": (4,), "svd": (4,), "qwen_image": (16, 1), "flux2": (128,)}
+CONTEXT_WIDTHS = ("context_dim", "context_in_dim", "joint_attention_dim")  # as the denoisers' configurations name it
 
 
 def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = None, **extra) -> list:
@@ -63,7 +65,8 @@ def picture(seed: int = 0, count: int = 1, height: int = 64, width: int = 64) ->
 
 
 def latent(base: str, batch: int = 1, height: int = 8, width: int = 8) -> torch.Tensor:
-    return torch.zeros(FRAMES if base == "svd" else batch, 4 if base in ("sd15", "sdxl", "svd") else 16, height, width)
+    channels, *frames = LATENTS.get(base, (16,))
+    return torch.zeros(FRAMES if base == "svd" else batch, channels, *frames, height, width)
 
 
 def conds(model, base: str = ""):

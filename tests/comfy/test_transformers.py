@@ -6,10 +6,10 @@ Expected is what plain hooks on the blocks give (see tokens.py).
 import pytest
 import torch
 from models import small_transformer
-from sampling import cond, conds, one_call_each, picture, relative
+from sampling import cond, conds, latent, one_call_each, picture, relative
 from tokens import BASES, BLOCK_BEHIND, by_hand, drawn, entering, new_controlnext
 
-REFERENCES = ("flux",)  # bases that take reference latents
+REFERENCES = ("flux", "qwen_image", "flux2")  # bases that take reference latents
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -27,10 +27,11 @@ def controlnext(pack, base):
     return new_controlnext(pack, base)
 
 
-def with_reference(positive, seed: int = 0):
-    """A conditioning that carries one reference latent, wider than the picture."""
-    latent = torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(seed))
-    return [[context, {**extra, "reference_latents": [latent]}] for context, extra in positive]
+def with_reference(base: str, positive):
+    """A conditioning that carries one reference latent of 4 x 6 tokens."""
+    empty = latent(base, 1, *(side * BASES[base].patch for side in (4, 6)))
+    reference = torch.randn(empty.shape, generator=torch.Generator().manual_seed(0))
+    return [[context, {**extra, "reference_latents": [reference]}] for context, extra in positive]
 
 
 @pytest.mark.versions
@@ -45,8 +46,9 @@ def test_control_is_added_to_the_tokens_as_by_hand(base, model, control, control
 
 
 def test_control_is_added_as_by_hand_where_a_latent_has_odd_sides(base, model, control, controlnext):
-    image = picture(0, 1, 7 * 8, 11 * 8)
-    with by_hand(base, model, controlnext, {0: [(image, 1.0)]}, grid=(4, 6)):
+    image = picture(0, 1, *(side * BASES[base].ratio for side in (7, 11)))
+    grid = tuple(-(-side // BASES[base].patch) for side in (7, 11))
+    with by_hand(base, model, controlnext, {0: [(image, 1.0)]}, grid=grid):
         expected = drawn(base, model, size=(7, 11))
     assert relative(drawn(base, *control(model, controlnext, image), size=(7, 11)), expected) <= 5e-5
 
@@ -91,7 +93,7 @@ def test_two_controls_act_together_in_any_order(base, model, apply, hang, contro
 def test_text_and_reference_pictures_enter_the_first_block_untouched(base, model, control, controlnext):
     positive, entered = conds(model)[0], []
     if base in REFERENCES:
-        positive = with_reference(positive)
+        positive = with_reference(base, positive)
     with entering(base, model, 0, lambda tokens, text: entered.append((tokens.clone(), text.clone()))):
         drawn(base, model, positive, cfg=1.0)
         drawn(base, *control(model, controlnext, picture(), positive), cfg=1.0)
@@ -104,7 +106,7 @@ def test_text_and_reference_pictures_enter_the_first_block_untouched(base, model
 
 @pytest.mark.parametrize("base", REFERENCES, indirect=True)
 def test_control_is_added_beside_reference_pictures_as_by_hand(base, model, control, controlnext):
-    prompts = [with_reference(prompt) for prompt in conds(model)]
+    prompts = [with_reference(base, prompt) for prompt in conds(model)]
     with by_hand(base, model, controlnext, {0: [(picture(), 1.0)], 1: [(picture(1), 0.5)]}):
         expected = drawn(base, model, *prompts)
     controlled = control(model, controlnext, picture(), *prompts)
@@ -133,7 +135,9 @@ def test_a_mask_says_where_and_in_which_picture_control_acts(base, model, apply,
 
 
 def test_an_area_gets_its_part_of_the_control_image(run, base, model, control, controlnext):
-    area = run("ConditioningSetArea", conditioning=conds(model)[0], width=32, height=48, x=32, y=16, strength=1.0)
+    unit = 128 // BASES[base].ratio  # of 8 for a latent pixel, to ComfyUI
+    area = run("ConditioningSetArea", conditioning=conds(model)[0], width=2 * unit, height=3 * unit, x=2 * unit, y=unit,
+               strength=1.0)
     with by_hand(base, model, controlnext, {0: [(picture()[:, 16:, 32:], 1.0)]}, grid=(3, 2)):
         expected = drawn(base, model, area, area, cfg=1.0)
     assert relative(drawn(base, *control(model, controlnext, picture(), area, area), cfg=1.0), expected) <= 5e-5
@@ -147,7 +151,7 @@ def test_a_second_run_takes_all_features_from_the_first(base, model, control, co
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("base", ["flux"], indirect=True)
+@pytest.mark.parametrize("base", ["flux", "flux2"], indirect=True)
 def test_distilled_guidance_at_cfg_1_takes_control(base, model, control, controlnext):
     prompts = [cond(model, 0, guidance=1.5), cond(model, 1)]
     with by_hand(base, model, controlnext, {0: [(picture(), 1.0)]}):

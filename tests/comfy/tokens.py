@@ -27,6 +27,8 @@ class Base:
         picture, text: how a block gets the picture's and the text's tokens: position or keyword.
         width: of a token in the small model.
         time: the transformer's timestep at sigma 1.
+        ratio: pixels that a latent pixel stands for.
+        patch: latent pixels that a token stands for.
     """
 
     blocks: str
@@ -34,11 +36,16 @@ class Base:
     text: int | str
     width: int
     time: float = 1.0
+    ratio: int = 8
+    patch: int = 2
 
 
 BASES = {
     "sd3": Base("joint_blocks", 1, 0, 192, 1000.0),
     "flux": Base("double_blocks", "img", "txt", 128),
+    "chroma": Base("double_blocks", "img", "txt", 128),
+    "qwen_image": Base("transformer_blocks", "hidden_states", "encoder_hidden_states", 128),
+    "flux2": Base("double_blocks", "img", "txt", 128, ratio=16, patch=1),
 }
 
 
@@ -48,9 +55,10 @@ def new_controlnext(pack, base: str):
     return pack("nodes.model").trained_controlnext(module.state_dict(), "auto", "small.safetensors", {})
 
 
-def drawn(base: str, model, positive=None, negative=None, batch=1, size=(8, 8), **options) -> torch.Tensor:
-    prompts = conds(model)
-    return sample(model, positive or prompts[0], negative or prompts[1], latent(base, batch, *size),
+def drawn(base: str, model, positive=None, negative=None, batch=1, size=None, **options) -> torch.Tensor:
+    """A latent of (H, W), as large as ``picture()`` if not given."""
+    prompts, side = conds(model), 64 // BASES[base].ratio
+    return sample(model, positive or prompts[0], negative or prompts[1], latent(base, batch, *(size or (side, side))),
                   **{"cfg": 3.0, "steps": 1, **options})
 
 

@@ -41,7 +41,8 @@ def controlled(sample) -> tuple[np.ndarray, list]:
 CONTRACT = {
     "ControlNeXtLoader": (
         {"controlnext_name": None,
-         "variant": ["auto", "sd15", "sd15_mid", "sdxl", "svd", "svd_padded", "svd_mid", "sd3", "flux"]},
+         "variant": ["auto", "sd15", "sd15_mid", "sdxl", "svd", "svd_padded", "svd_mid", "sd3", "flux", "chroma",
+                     "qwen_image", "flux2"]},
         {},
         ["CONTROLNEXT"],
     ),
