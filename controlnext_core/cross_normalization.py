@@ -66,13 +66,19 @@ def add_controls(h: torch.Tensor, controls: list[tuple[torch.Tensor, torch.Tenso
     return out.flatten(0, 1)
 
 
-def add_to_tokens(tokens: torch.Tensor, controls: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """``add_controls`` for a picture's tokens, row by row, the first H * W of (B, N, C); H and W are the features'.
+def add_to_tokens(tokens: torch.Tensor, controls: list[tuple[torch.Tensor, torch.Tensor]],
+                  fill: int | None = None) -> torch.Tensor:
+    """``add_controls`` for a picture's tokens, row by row, among (B, N, C); H and W are those of the features.
 
-    The others (reference pictures) stay as they are, and out of the statistics.
+    The others (reference pictures, padding) stay as they are, and out of the statistics.
+
+    Args:
+        fill: the picture's tokens are not the first but the last, filled up to a multiple of this.
     """
     size = controls[0][0].shape[-2:]
     count = size.numel()
-    h = tokens[:, :count].transpose(1, 2).unflatten(2, size)
+    start = 0 if fill is None else tokens.shape[1] - (count + -count % fill)
+    end = start + count
+    h = tokens[:, start:end].transpose(1, 2).unflatten(2, size)
     picture = add_controls(h, controls).flatten(2).transpose(1, 2)
-    return picture if count == tokens.shape[1] else torch.cat([picture, tokens[:, count:]], 1)
+    return picture if count == tokens.shape[1] else torch.cat([tokens[:, :start], picture, tokens[:, end:]], 1)

@@ -3,6 +3,7 @@
 import comfy.model_base
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
@@ -22,6 +23,7 @@ BASES = (
     (Flux, comfy.model_base.Flux, "flux"),
     (Chroma, comfy.model_base.Chroma, "chroma"),
     (QwenImageTransformer2DModel, comfy.model_base.QwenImage, "qwen_image"),
+    (NextDiT, comfy.model_base.Lumina2, "z_image"),
 )
 
 WHERE = ("Where control enters the UNet, or the tokens of a transformer such as SD3: at once or after a block. auto is "

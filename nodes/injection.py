@@ -12,7 +12,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..controlnext_core.cross_normalization import add_controls, add_to_tokens
 from .control import Control, Forward, Half
-from .places import INPUT_SLOT, MIDDLE_SLOT, TOKEN_SLOT, Place
+from .places import AFTER_SLOTS, INPUT_SLOT, MIDDLE_SLOT, TOKEN_SLOT, Place
 from .reserve import prepare
 
 KEY = "controlnext"
@@ -33,6 +33,8 @@ class Injection:
         self.controls = controls
 
     def __call__(self, *args):
+        if self.place.slot in AFTER_SLOTS:
+            return self._after_block(*args)
         if self.place.slot == "middle_block_after_patch":
             h, rest, options = args[0]["h"], None, args[0]["transformer_options"]
         else:  # (h, options) after an input block, (h, skip, options) before an output block
@@ -43,6 +45,12 @@ class Injection:
         if rest is None:
             return {"h": h}
         return (h, *rest) if rest else h
+
+    def _after_block(self, args: dict) -> dict:
+        ready = _ready(args["transformer_options"], self.place)
+        if not ready or args["block_index"] != self.place.block[1]:
+            return {}
+        return {"img": add_to_tokens(args["img"], ready, self.place.fill)}
 
     def to(self, device_or_dtype):
         return self  # features are made where and as the UNet needs them, at each forward
@@ -65,7 +73,7 @@ class BeforeBlock:
     def __call__(self, args: dict, extra: dict) -> dict:
         ready = _ready(args["transformer_options"], self.place)
         if ready:
-            args = {**args, "img": add_to_tokens(args["img"], ready)}
+            args = {**args, "img": add_to_tokens(args["img"], ready, self.place.fill)}
         return extra["original_block"](args) if self.replacement is None else self.replacement(args, extra)
 
 
@@ -139,7 +147,7 @@ def end_run(model):
 
 
 def _injections(options: dict) -> list[Injection]:
-    return [patch for slot in (INPUT_SLOT, MIDDLE_SLOT, TOKEN_SLOT)
+    return [patch for slot in (INPUT_SLOT, MIDDLE_SLOT, TOKEN_SLOT, *AFTER_SLOTS)
             for patch in options.get("patches", {}).get(slot, ()) if isinstance(patch, Injection)]
 
 

@@ -1,10 +1,12 @@
 """Where control can enter a denoiser of ComfyUI, read off the model's own structure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.model_patcher
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
@@ -26,10 +28,15 @@ class Transformer:
     Attributes:
         blocks: attribute with the blocks.
         width: attribute with the width of a token.
+        refiner: attribute with the blocks before them that see the picture alone, in a transformer whose blocks cannot
+            be replaced: control enters after the last of these, and after a block.
+        fill: of ``Place``, for one of this class.
     """
 
     blocks: str
     width: str
+    refiner: str | None = None
+    fill: Callable[[object], int | None] = lambda transformer: None
 
 
 TRANSFORMERS = {
@@ -37,7 +44,9 @@ TRANSFORMERS = {
     Flux: Transformer("double_blocks", "hidden_size"),
     Chroma: Transformer("double_blocks", "hidden_size"),
     QwenImageTransformer2DModel: Transformer("transformer_blocks", "inner_dim"),
+    NextDiT: Transformer("layers", "dim", "noise_refiner", lambda transformer: transformer.pad_tokens_multiple or 1),
 }
+AFTER_SLOTS = ("noise_refiner", "double_block")  # ComfyUI's own, after a block
 # what nodes offer: of a transformer the first third of the longest, control that enters later has little left to steer
 PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle",
           "tokens", *(f"block_{index}" for index in range(12)))
@@ -46,13 +55,15 @@ PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle",
 class Place:
     """One point of a denoiser: the slot and block of the patch that reaches it, its width, the latent's halvings there.
 
-    In ``TOKEN_SLOT`` it is the point before ``block``, where the picture is tokens, row by row.
+    In ``TOKEN_SLOT`` it is the point before ``block``, in ``AFTER_SLOTS`` the one after it. The picture is tokens there,
+    row by row: the first ones of all or, with ``fill``, the last ones, filled up to a multiple of it.
     """
 
     slot: str
     block: tuple[str, int]
     channels: int
     halvings: int
+    fill: int | None = None
 
 
 def places_of(denoiser) -> dict[str, Place]:
@@ -82,6 +93,11 @@ def _token_places(transformer) -> dict[str, Place]:
     So a block serves one place, and nothing enters after the last, where no block would read it.
     """
     row = next(row for kind, row in TRANSFORMERS.items() if isinstance(transformer, kind))
-    width, halvings = getattr(transformer, row.width), transformer.patch_size.bit_length() - 1
-    names = ("tokens", *(f"block_{index}" for index in range(len(getattr(transformer, row.blocks)) - 1)))
-    return {name: Place(TOKEN_SLOT, ("double_block", index), width, halvings) for index, name in enumerate(names)}
+    where = getattr(transformer, row.width), transformer.patch_size.bit_length() - 1, row.fill(transformer)
+    points = [(TOKEN_SLOT, index) for index in range(len(getattr(transformer, row.blocks)))]
+    if row.refiner:
+        points = [("noise_refiner", len(getattr(transformer, row.refiner)) - 1),
+                  *(("double_block", index - 1) for _, index in points[1:])]
+    names = ("tokens", *(f"block_{index}" for index in range(len(points) - 1)))
+    return {name: Place(slot, ("double_block", index), *where)
+            for name, (slot, index) in zip(names, points, strict=True)}

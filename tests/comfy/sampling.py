@@ -8,7 +8,8 @@ FAMILIES = {"sd15": "sd15", "sd15_mid": "sd15", "sdxl": "sdxl", "svd": "svd", "s
 FRAMES = 2
 # {base: what is between batch and rows in its latents' shape}, if that is not 16 channels
 LATENTS = {"sd15": (4,), "sdxl": (4,), "svd": (4,), "qwen_image": (16, 1), "flux2": (128,)}
-CONTEXT_WIDTHS = ("context_dim", "context_in_dim", "joint_attention_dim")  # as the denoisers' configurations name it
+# as the denoisers' configurations name it
+CONTEXT_WIDTHS = ("context_dim", "context_in_dim", "joint_attention_dim", "cap_feat_dim")
 
 
 def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = None, **extra) -> list:
@@ -20,7 +21,7 @@ def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = No
         tokens = 1 if config.get("use_temporal_attention") else 77
         width = 4096 if sd3 else next(config[name] for name in CONTEXT_WIDTHS if name in config)
         context = torch.randn(batch, tokens, width, generator=generator)
-    if "pooled_output" not in extra and (config.get("adm_in_channels") or config.get("vec_in_dim")):
+    if "pooled_output" not in extra and (config.get("adm_in_channels") or "vec_in_dim" in config):
         extra["pooled_output"] = torch.randn(1, config.get("vec_in_dim") or (2048 if sd3 else 1280),
                                              generator=generator)
     return [[context, extra]]

@@ -9,7 +9,7 @@ from models import small_transformer
 from sampling import cond, conds, latent, one_call_each, picture, relative
 from tokens import BASES, BLOCK_BEHIND, by_hand, drawn, entering, new_controlnext
 
-REFERENCES = ("flux", "qwen_image", "flux2")  # bases that take reference latents
+REFERENCES = ("flux", "qwen_image", "flux2", "z_image")  # bases that take reference latents
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -97,11 +97,12 @@ def test_text_and_reference_pictures_enter_the_first_block_untouched(base, model
     with entering(base, model, 0, lambda tokens, text: entered.append((tokens.clone(), text.clone()))):
         drawn(base, model, positive, cfg=1.0)
         drawn(base, *control(model, controlnext, picture(), positive), cfg=1.0)
-    (tokens, text), (controlled, controlled_text) = entered
-    assert torch.equal(controlled_text, text)
-    assert torch.equal(controlled[:, 16:], tokens[:, 16:])
-    assert tokens.shape[1] == (16 + 24 if base in REFERENCES else 16)
-    assert not torch.isclose(controlled[:, :16], tokens[:, :16]).all(-1).any()
+    texts = [text for _, text in entered if BASES[base].picture != BASES[base].text]
+    before, picture_, behind = zip(*(BASES[base].picture_in(tokens, 16) for tokens, _ in entered), strict=True)
+    for untouched in filter(None, (texts, before, behind)):
+        assert torch.equal(*untouched)
+    assert before[0].shape[1] + behind[0].shape[1] >= 24 * (base in REFERENCES)
+    assert not torch.isclose(*picture_).all(-1).any()
 
 
 @pytest.mark.parametrize("base", REFERENCES, indirect=True)
@@ -128,7 +129,7 @@ def test_a_mask_says_where_and_in_which_picture_control_acts(base, model, apply,
     with entering(base, model, 0, lambda tokens, _: entered.append(tokens.clone())):
         for one in (model, apply(model, controlnext, image), apply(model, controlnext, image, mask=halves)):
             drawn(base, one, batch=2, cfg=1.0)
-    plain, full, masked = (tokens.unflatten(1, (4, 4)) for tokens in entered)
+    plain, full, masked = (BASES[base].picture_in(tokens, 16)[1].unflatten(1, (4, 4)) for tokens in entered)
     assert torch.equal(masked[0], plain[0])
     assert torch.equal(masked[1, :, :2], plain[1, :, :2])
     assert torch.equal(masked[1, :, 2:], full[1, :, 2:])

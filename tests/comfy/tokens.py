@@ -3,6 +3,7 @@
 They are the independent rewrite that the tests compare with: of this project they take the module alone.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,13 @@ class Base:
 
     Attributes:
         blocks: name of the list of blocks.
-        picture, text: how a block gets the picture's and the text's tokens: position or keyword.
+        picture, text: how a block gets the picture's and the text's tokens: position or keyword. The same one where all
+            of them are one sequence.
         width: of a token in the small model.
         time: the transformer's timestep at sigma 1.
         ratio: pixels that a latent pixel stands for.
         patch: latent pixels that a token stands for.
+        fill: the picture's tokens are the last ones, filled up to a multiple of this.
     """
 
     blocks: str
@@ -38,6 +41,12 @@ class Base:
     time: float = 1.0
     ratio: int = 8
     patch: int = 2
+    fill: int | None = None
+
+    def picture_in(self, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What is before the picture's ``count`` tokens in a sequence (B, N, C), they, and what is behind them."""
+        start = tokens.shape[1] - math.ceil(count / self.fill) * self.fill if self.fill else 0
+        return tokens[:, :start], tokens[:, start:start + count], tokens[:, start + count:]
 
 
 BASES = {
@@ -46,6 +55,7 @@ BASES = {
     "chroma": Base("double_blocks", "img", "txt", 128),
     "qwen_image": Base("transformer_blocks", "hidden_states", "encoder_hidden_states", 128),
     "flux2": Base("double_blocks", "img", "txt", 128, ratio=16, patch=1),
+    "z_image": Base("layers", 0, 0, 256, fill=32),
 }
 
 
@@ -95,11 +105,11 @@ def by_hand(base: str, model, controlnext, blocks: dict[int, list], grid=(4, 4))
 
     def adding(added):
         def add(tokens, _):
-            x = tokens[:, :count]
+            before, x, behind = BASES[base].picture_in(tokens, count)
             mean, std = x.mean((1, 2), keepdim=True), x.std((1, 2), keepdim=True)
             x = x + sum(strength * (module_features(controlnext, image, timestep[-1], grid) * std + mean)
                         for image, strength in added)
-            return torch.cat([x, tokens[:, count:]], 1)
+            return torch.cat([before, x, behind], 1)
         return add
     with ExitStack() as stack:
         hook = model.model.diffusion_model.register_forward_pre_hook(
