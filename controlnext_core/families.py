@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 BASE_NAMES = {"sd15": "SD1.5", "sdxl": "SDXL", "svd": "SVD", "sd3": "SD3", "flux": "Flux.1", "chroma": "Chroma",
-              "qwen_image": "Qwen-Image", "flux2": "Flux.2", "z_image": "Z-Image"}
+              "qwen_image": "Qwen-Image", "flux2": "Flux.2", "z_image": "Z-Image", "wan": "Wan"}
 NAMED = 5  # choices in a sentence
 
 
@@ -86,7 +86,7 @@ FAMILIES = {
                gain=_sigmoid, zero_negative_scale=True, stem_padding=0, stem_pool=True),
         # never released: of this project. Pooled first, their deviation is that of the tokens whatever the image
         *(Family(base, base, "light", "tokens", pool_first=True, eps=1e-12)
-          for base in ("sd3", "flux", "chroma", "qwen_image", "flux2", "z_image")),
+          for base in ("sd3", "flux", "chroma", "qwen_image", "flux2", "z_image", "wan")),
     )
 }
 

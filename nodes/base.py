@@ -4,9 +4,10 @@ import comfy.model_base
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.lumina.model import NextDiT
-from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
+from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from comfy.ldm.wan.model import WanModel
 from comfy_api.latest import io
 
 from ..controlnext_core.families import BASE_NAMES, Family, either, listed, resolve
@@ -18,12 +19,13 @@ BASES = (
     (UNetModel, comfy.model_base.SVD_img2vid, "svd"),
     (UNetModel, comfy.model_base.SDXL, "sdxl"),
     (UNetModel, comfy.model_base.BaseModel, "sd15"),
-    (MMDiT, comfy.model_base.SD3, "sd3"),
+    (OpenAISignatureMMDITWrapper, comfy.model_base.SD3, "sd3"),
     (Flux, comfy.model_base.Flux2, "flux2"),
     (Flux, comfy.model_base.Flux, "flux"),
     (Chroma, comfy.model_base.Chroma, "chroma"),
     (QwenImageTransformer2DModel, comfy.model_base.QwenImage, "qwen_image"),
     (NextDiT, comfy.model_base.Lumina2, "z_image"),
+    (WanModel, comfy.model_base.WAN21, "wan"),
 )
 
 WHERE = ("Where control enters the UNet, or the tokens of a transformer such as SD3: at once or after a block. auto is "
@@ -46,8 +48,10 @@ def apply_to_input(whose: str = "") -> io.Input:
 
 def base_of_model(base_model) -> str:
     """The base (a key of ``BASE_NAMES``) of a MODEL. ValueError: it has none."""
-    for denoiser, model, base in BASES:
-        if isinstance(base_model.diffusion_model, denoiser) and isinstance(base_model, model):
+    denoiser = base_model.diffusion_model
+    kind = UNetModel if isinstance(denoiser, UNetModel) else type(denoiser)
+    for known, model, base in BASES:
+        if kind is known and isinstance(base_model, model):
             return base
     raise ValueError(f"model: ControlNeXt steers {listed(BASE_NAMES)} models; the connected MODEL is a "
                      f"{type(base_model).__name__}, which is not supported yet.")

@@ -37,9 +37,11 @@ class Forward:
         halves: the guidance halves in the batch, in order; all of them again for each tile of a tiled picture.
         latent: (H, W) of the whole latent.
         size: (H, W) of the latent in this call, smaller than ``latent`` for a regional cond.
-        frames: for each sample of a half, its place in the whole batch or video.
+        frames: for each sample of a half, its place in the whole batch or video; of a video in a latent of its own, for
+            each latent frame.
         total: samples of the whole batch or video.
         dtype, device: of the UNet's features.
+        video: the latents are videos, and all samples share the frames.
     """
 
     sigma: float
@@ -51,6 +53,7 @@ class Forward:
     total: int
     dtype: torch.dtype
     device: torch.device
+    video: bool = False
 
 
 class Control:
@@ -108,38 +111,50 @@ class Control:
             features = torch.stack([computed[one] for one in wanted])
         return features, self._weights(forward, gains)
 
-    def _images(self, forward: Forward, half: int) -> tuple[int, ...]:
-        """Which image controls each sample of a half; of equal ones the first."""
+    def _images(self, forward: Forward, half: int) -> tuple[tuple[int, ...], ...]:
+        """Which images control each sample or latent frame of a half; of equal ones the first."""
         if self.row_by_row:
-            indices = range(half * len(forward.frames), (half + 1) * len(forward.frames))
+            groups = [(row,) for row in range(half * len(forward.frames), (half + 1) * len(forward.frames))]
         else:
             frames = (0, *forward.frames[1:]) if self.window_reference else forward.frames
-            indices = [frame % len(self.image) for frame in frames]
-            if len(self.image) not in (1, forward.total) and not self._warned:
+            groups = [_images_of(frame, self._images_a_frame(forward)) for frame in frames]
+            total = self._images_a_frame(forward) * (forward.total - 1) + 1
+            if len(self.image) not in (1, total) and not self._warned:
                 self._warned = True
-                logging.warning("ControlNeXt: %d control images for a batch of %d; they are %s.", len(self.image),
-                                forward.total, "cut" if len(self.image) > forward.total
-                                else "repeated from the first on")
-        return tuple(self._first[self.fingerprints[index]] for index in indices)
+                logging.warning("ControlNeXt: %d control images for a %s of %d; they are %s.", len(self.image),
+                                "video" if forward.video else "batch", total,
+                                "cut" if len(self.image) > total else "repeated from the first on")
+        groups = [tuple(self._first[self.fingerprints[index % len(self.image)]] for index in group) for group in groups]
+        return tuple(group if len(set(group)) > 1 else group[:1] for group in groups)
+
+    def _images_a_frame(self, forward: Forward) -> int:
+        return self.place.images if forward.video else 1
 
     def _features(self, forward: Forward, area: tuple[int, int, int, int] | None,
-                  images: tuple[int, ...]) -> torch.Tensor:
-        """Standardized features (1 or samples, C, H, W) at the UNet's size, each image and timestep computed once."""
-        wanted = list(zip(images, forward.timesteps, strict=True))
-        computed = {pair: self._features_of(*pair, forward, area) for pair in dict.fromkeys(wanted)}
-        if len(computed) == 1:
-            return computed[wanted[0]]
-        return torch.cat([computed[pair] for pair in wanted])
+                  images: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+        """Standardized features (1 or samples, C, H, W) at the UNet's size, each image and timestep computed once.
 
-    def _features_of(self, index: int, timestep: float, forward: Forward, area) -> torch.Tensor:
-        """Features of one image at one timestep: images go one by one, so that no result depends on its batch."""
+        Frames of a video are put below one another.
+        """
+        timesteps = forward.timesteps[:1] * len(images) if forward.video else forward.timesteps
+        wanted = list(zip(images, timesteps, strict=True))
+        computed = {pair: self._features_of(*pair, forward, area) for pair in dict.fromkeys(wanted)}
+        if len(computed) == 1 and not forward.video:
+            return computed[wanted[0]]
+        return torch.cat([computed[pair] for pair in wanted], 2 if forward.video else 0)
+
+    def _features_of(self, images: tuple[int, ...], timestep: float, forward: Forward, area) -> torch.Tensor:
+        """Features of images that share a latent frame (mostly one), their mean standardized, at one timestep.
+
+        Images go one by one, so that no result depends on its batch.
+        """
         family, module = self.family, self.patcher.model
         size = halved(forward.size, self.place.halvings)
         fitted = self.fits_areas and area is not None and self.image.shape[-2:] != self._pixels(forward.latent)
-        image_key = (self.fingerprints[index], forward.latent, self.ratio, area, fitted, family.name, forward.dtype,
-                     forward.device, torch.is_inference_mode_enabled())  # training cannot use inference's tensors
+        where = (forward.latent, self.ratio, area, fitted, family.name, forward.dtype, forward.device,
+                 torch.is_inference_mode_enabled())  # training cannot use inference's tensors
 
-        def image_part():
+        def image_part(index):
             if fitted:
                 height, width = self._pixels(area[:2])
                 image = comfy.utils.common_upscale(self.image[index:index + 1], width, height, RESIZING, "center")
@@ -149,16 +164,19 @@ class Control:
                     image = crop(image, area, self.ratio)
             return module.image_part(image.to(forward.device, forward.dtype), family.stem_padding, family.stem_pool)
 
-        def features():
+        def raw(index):
             if self.loaded.image_parts_stay(len(self.image), math.prod(self._pixels(forward.size)), forward.dtype):
-                part = self.loaded.image_parts.get(image_key, image_part)
+                part = self.loaded.image_parts.get((self.fingerprints[index], *where), lambda: image_part(index))
             else:  # of a video, too few would stay to be worth their memory
-                part = image_part()
+                part = image_part(index)
             at = torch.tensor([timestep], device=forward.device)
-            control = module.timestep_part(part, at, size if family.pool_first else None)
+            return module.timestep_part(part, at, size if family.pool_first else None)
+
+        def features():
+            control = raw(images[0]) if len(images) == 1 else sum(map(raw, images)) / len(images)
             return (fit(control, size, family.pool_first, family.eps),)
 
-        key = (*image_key, timestep, size)
+        key = (tuple(self.fingerprints[index] for index in images), *where, timestep, size)
         try:
             return self.loaded.features.get(key, features, step=timestep)[0]
         except comfy.model_management.OOM_EXCEPTION:
@@ -168,11 +186,13 @@ class Control:
         comfy.model_management.soft_empty_cache()
         return self.loaded.features.get(key, features, step=timestep)[0]
 
-    def memory(self, latent: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
-        """``LoadedModule.memory`` for a sampling of so large a latent."""
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
+        """``LoadedModule.memory`` for a sampling of latents of this shape."""
+        latent = tuple(shape[-2:])
         height, width = halved(latent, self.place.halvings)
+        frames = min(shape[2], len(self.image)) if len(shape) == 5 and shape[2] > 1 else len(self.image)
         return self.loaded.memory(len(self.image), math.prod(self._pixels(latent)), height * width,
-                                  self.family.stem_pool, dtype)
+                                  self.family.stem_pool, dtype, frames)
 
     def _at_size(self, latent: tuple[int, int]) -> torch.Tensor:
         """The control images (N, 3, H, W) at the sampled image's size, stretched with Lanczos as the reference does."""
@@ -196,10 +216,19 @@ class Control:
         if self.mask is None:
             return gain
         mask = comfy.utils.common_upscale(self.mask, forward.latent[1], forward.latent[0], "area", "disabled")
-        mask = mask[[frame % len(mask) for frame in forward.frames]] if len(mask) > 1 else mask
+        if len(mask) > 1 or forward.video:
+            groups = [_images_of(frame, self._images_a_frame(forward)) for frame in forward.frames]
+            mask = torch.stack([mask[[index % len(mask) for index in group]].mean(0) for group in groups])
         size = halved(forward.size, self.place.halvings)
         masks = [pool(mask if half.area is None else crop(mask, half.area, 1), size) for half in forward.halves]
+        if forward.video:
+            masks = [torch.cat(list(mask), 1)[None] for mask in masks]
         return gain * torch.stack(masks).to(forward.device, forward.dtype)
+
+
+def _images_of(frame: int, images: int) -> range:
+    """Which images a latent frame of a video stands for: the first one of all for one, others for so many."""
+    return range(max(images * (frame - 1) + 1, 0), images * frame + 1)
 
 
 def control_image(image: torch.Tensor) -> torch.Tensor:

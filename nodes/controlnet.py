@@ -54,7 +54,8 @@ class ControlNeXtControl(ControlNet):
         if self.cond_hint is not None and tuple(self.cond_hint.shape[-2:]) == pixels:
             halves = tuple(replace(half, area=None) for half in forward.halves)
             forward = replace(forward, latent=forward.size, halves=halves)
-            control = self._control_of(self.cond_hint, row_by_row=len(self.cond_hint) == len(x_noisy))
+            row_by_row = not forward.video and len(self.cond_hint) == len(x_noisy)
+            control = self._control_of(self.cond_hint, row_by_row)
         else:
             control = self._control_of(self.cond_hint_original, row_by_row=False)
         serve(transformer_options, self._depth(), control, forward)

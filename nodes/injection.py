@@ -153,7 +153,7 @@ def _injections(options: dict) -> list[Injection]:
 
 def tell_memory(executor, model, noise_shape, conds, *args, **kwargs):
     """PREPARE_SAMPLING wrapper: have ComfyUI keep free what the modules need; they run one after the other."""
-    needs = [control.memory(tuple(noise_shape[-2:]), model.model.get_dtype_inference())
+    needs = [control.memory(tuple(noise_shape), model.model.get_dtype_inference())
              for injection in _injections(model.model_options["transformer_options"]) for control in injection.controls]
     needed = max(running for running, _ in needs) + sum(staying for _, staying in needs)
     return prepare(executor, needed, model, noise_shape, conds, *args, **kwargs)
@@ -194,7 +194,7 @@ def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
 
 
 def describe(sampling, dtype, x, t, options: dict) -> Forward:
-    """The Forward of one APPLY_MODEL call on the latents ``x`` (B, C, H, W) at sigmas ``t`` (B,).
+    """The Forward of one APPLY_MODEL call on the latents ``x`` (B, C, H, W) or (B, C, F, H, W) at sigmas ``t`` (B,).
 
     Args:
         sampling: the MODEL's model_sampling.
@@ -210,20 +210,22 @@ def describe(sampling, dtype, x, t, options: dict) -> Forward:
         latent = size
     rows = x.shape[0] // len(halves)
     # more rows than there are in the whole batch are those of several tiles, all halves of a tile together
-    frames, total = _frames(rows if not samples or rows % samples else samples, options)
-    halves *= rows // len(frames)
+    rows_of_half = rows if not samples or rows % samples else samples
+    halves *= rows // rows_of_half
+    video = x.ndim == 5 and (x.shape[2] > 1 or options.get("context_window") is not None)
+    frames, total = _frames(x.shape[2] if video else rows_of_half, options, 2 if video else 0)
     # the module is given 0 to 1000, of flow models too, some of which count from 0 to 1
-    timesteps = (1000 * t if isinstance(sampling, CONST) else sampling.timestep(t))[:len(frames)].float()
-    return Forward(float(t[0]), tuple(timesteps.tolist()), halves, latent, size, frames, total, dtype, x.device)
+    timesteps = (1000 * t if isinstance(sampling, CONST) else sampling.timestep(t))[:rows_of_half].float()
+    return Forward(float(t[0]), tuple(timesteps.tolist()), halves, latent, size, frames, total, dtype, x.device, video)
 
 
-def _frames(samples: int, options: dict) -> tuple[tuple[int, ...], int]:
-    """Which entries of the whole batch or video a half holds, and how many there are in all."""
+def _frames(samples: int, options: dict, dim: int) -> tuple[tuple[int, ...], int]:
+    """Which entries of the whole batch or video a half holds along dimension ``dim``, and how many there are in all."""
     window = options.get("context_window")
     if window is not None:
-        if window.dim != 0:
-            raise ValueError(f"dim: the context windows of a controlled UNet run over frames, dimension 0, but dim is "
-                             f"{window.dim}; set dim to 0 in Context Windows (Manual).")
+        if window.dim != dim:
+            raise ValueError(f"dim: the context windows of this controlled MODEL run over frames, dimension {dim}, but "
+                             f"dim is {window.dim}; set dim to {dim} in Context Windows (Manual).")
         anchor = getattr(window, "causal_anchor_index", None)
         frames = list(window.index_list)
         return tuple(frames if anchor is None or anchor < 0 else [anchor, *frames]), window.total_frames

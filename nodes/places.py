@@ -7,9 +7,10 @@ import comfy.model_patcher
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.lumina.model import NextDiT
-from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
+from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from comfy.ldm.wan.model import WanModel
 
 INPUT_SLOT = "input_block_patch_after_skip"
 # ComfyUI before 0.18 has no patch after the middle block; the first output block gets the same features next
@@ -25,26 +26,33 @@ TOKEN_SLOT = "controlnext_tokens"  # of this pack alone: ComfyUI looks after wha
 class Transformer:
     """Where a class of ComfyUI's transformers has what a place is read off; ComfyUI calls its blocks ``double_block``.
 
+    Classes derived from it have other tokens, and no row.
+
     Attributes:
         blocks: attribute with the blocks.
         width: attribute with the width of a token.
         refiner: attribute with the blocks before them that see the picture alone, in a transformer whose blocks cannot
             be replaced: control enters after the last of these, and after a block.
         fill: of ``Place``, for one of this class.
+        images: of ``Place``.
     """
 
     blocks: str
     width: str
     refiner: str | None = None
     fill: Callable[[object], int | None] = lambda transformer: None
+    images: int = 1
 
 
 TRANSFORMERS = {
-    MMDiT: Transformer("joint_blocks", "hidden_size"),
+    OpenAISignatureMMDITWrapper: Transformer("joint_blocks", "hidden_size"),
     Flux: Transformer("double_blocks", "hidden_size"),
     Chroma: Transformer("double_blocks", "hidden_size"),
     QwenImageTransformer2DModel: Transformer("transformer_blocks", "inner_dim"),
     NextDiT: Transformer("layers", "dim", "noise_refiner", lambda transformer: transformer.pad_tokens_multiple or 1),
+    # those of a reference picture stand before the video's in a model that has a layer for it
+    WanModel: Transformer("blocks", "dim", fill=lambda transformer: None if transformer.ref_conv is None else 1,
+                          images=4),
 }
 AFTER_SLOTS = ("noise_refiner", "double_block")  # ComfyUI's own, after a block
 # what nodes offer: of a transformer the first third of the longest, control that enters later has little left to steer
@@ -55,8 +63,9 @@ PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle",
 class Place:
     """One point of a denoiser: the slot and block of the patch that reaches it, its width, the latent's halvings there.
 
-    In ``TOKEN_SLOT`` it is the point before ``block``, in ``AFTER_SLOTS`` the one after it. The picture is tokens there,
-    row by row: the first ones of all or, with ``fill``, the last ones, filled up to a multiple of it.
+    In ``TOKEN_SLOT`` it is the point before ``block``, in ``AFTER_SLOTS`` the one after it. There the picture is tokens
+    row by row, the first ones of all or, with ``fill``, the last ones, filled up to a multiple of it.
+    A latent frame of a video stands for ``images`` control images, the first one of all for one.
     """
 
     slot: str
@@ -64,6 +73,7 @@ class Place:
     channels: int
     halvings: int
     fill: int | None = None
+    images: int = 1
 
 
 def places_of(denoiser) -> dict[str, Place]:
@@ -92,8 +102,9 @@ def _token_places(transformer) -> dict[str, Place]:
 
     So a block serves one place, and nothing enters after the last, where no block would read it.
     """
-    row = next(row for kind, row in TRANSFORMERS.items() if isinstance(transformer, kind))
-    where = getattr(transformer, row.width), transformer.patch_size.bit_length() - 1, row.fill(transformer)
+    row = TRANSFORMERS[type(transformer)]
+    patch = transformer.patch_size if isinstance(transformer.patch_size, int) else transformer.patch_size[-1]
+    where = getattr(transformer, row.width), patch.bit_length() - 1, row.fill(transformer), row.images
     points = [(TOKEN_SLOT, index) for index in range(len(getattr(transformer, row.blocks)))]
     if row.refiner:
         points = [("noise_refiner", len(getattr(transformer, row.refiner)) - 1),

@@ -47,6 +47,9 @@ TRANSFORMERS = {  # with real heads
         image_model="lumina2", patch_size=2, in_channels=16, cap_feat_dim=40, n_layers=3, n_refiner_layers=2, dim=256,
         n_heads=2, n_kv_heads=2, axes_dims=[32, 48, 48], axes_lens=[1536, 512, 512], qk_norm=True, rope_theta=256.0,
         ffn_dim_multiplier=2.0, multiple_of=64, z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=32)),
+    "wan": (comfy.supported_models.WAN21_T2V, dict(
+        image_model="wan2.1", model_type="t2v", patch_size=(1, 2, 2), in_dim=16, dim=128, ffn_dim=256, freq_dim=32,
+        text_dim=40, out_dim=16, num_heads=1, num_layers=3)),
     "flux2": (comfy.supported_models.Flux2, dict(
         image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=40, hidden_size=128,
         mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=1, axes_dim=[32, 32, 32, 32], txt_ids_dims=[3],

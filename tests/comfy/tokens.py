@@ -3,6 +3,7 @@
 They are the independent rewrite that the tests compare with: of this project they take the module alone.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,7 @@ class Base:
         ratio: pixels that a latent pixel stands for.
         patch: latent pixels that a token stands for.
         fill: the picture's tokens are the last ones, filled up to a multiple of this.
+        frames: of the small model's latents, of a video: the first one is an image's, others are four images'.
     """
 
     blocks: str
@@ -42,6 +44,7 @@ class Base:
     ratio: int = 8
     patch: int = 2
     fill: int | None = None
+    frames: int = 1
 
     def picture_in(self, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What is before the picture's ``count`` tokens in a sequence (B, N, C), they, and what is behind them."""
@@ -56,6 +59,7 @@ BASES = {
     "qwen_image": Base("transformer_blocks", "hidden_states", "encoder_hidden_states", 128),
     "flux2": Base("double_blocks", "img", "txt", 128, ratio=16, patch=1),
     "z_image": Base("layers", 0, 0, 256, fill=32),
+    "wan": Base("blocks", 0, "context", 128, 1000.0, frames=2),
 }
 
 
@@ -72,12 +76,17 @@ def drawn(base: str, model, positive=None, negative=None, batch=1, size=None, **
                   **{"cfg": 3.0, "steps": 1, **options})
 
 
-def module_features(controlnext, image, timestep, grid) -> torch.Tensor:
-    """Normalized features as tokens, (1, h * w, C)."""
-    features = controlnext.patcher.model(image.movedim(-1, 1), timestep, 1, False)
-    features = F.adaptive_avg_pool2d(features, grid)
-    normal = (features - features.mean((1, 2, 3), keepdim=True)) / features.std((1, 2, 3), keepdim=True)
-    return normal.flatten(2).transpose(1, 2)
+def module_features(controlnext, image, timestep, grid, frames) -> torch.Tensor:
+    """Normalized features as tokens, (1, frames * h * w, C); those of a latent frame are the mean of its images'."""
+    tokens = []
+    for frame in frames:
+        shown = [0] if frame == 0 else range(4 * frame - 3, 4 * frame + 1)
+        features = controlnext.patcher.model(image[[index % len(image) for index in shown]].movedim(-1, 1), timestep, 1,
+                                             False)
+        features = F.adaptive_avg_pool2d(features, grid).mean(0, keepdim=True)
+        normal = (features - features.mean((1, 2, 3), keepdim=True)) / features.std((1, 2, 3), keepdim=True)
+        tokens.append(normal.flatten(2).transpose(1, 2))
+    return torch.cat(tokens, 1)
 
 
 @contextmanager
@@ -99,22 +108,29 @@ def entering(base: str, model, block: int, change: Callable):
 
 
 @contextmanager
-def by_hand(base: str, model, controlnext, blocks: dict[int, list], grid=(4, 4)):
-    """Add control before blocks of a model, {block: [(image, strength)]}, all normalized against the same tokens."""
-    timestep, count = [], grid[0] * grid[1]
+def by_hand(base: str, model, controlnext, blocks: dict[int, list], grid=(4, 4), windows=None):
+    """Add control before blocks of a model, {block: [(image, strength)]}, all normalized against the same tokens.
+
+    Args:
+        windows: the frames that each forward gets, one after the other; None for all in each.
+    """
+    timestep, frames, windows = [], [], itertools.cycle(windows or [range(BASES[base].frames)])
+
+    def entered(_, args):
+        timestep.append(args[1][:1] * 1000 / BASES[base].time)
+        frames.append(next(windows))
 
     def adding(added):
         def add(tokens, _):
-            before, x, behind = BASES[base].picture_in(tokens, count)
+            before, x, behind = BASES[base].picture_in(tokens, len(frames[-1]) * grid[0] * grid[1])
             mean, std = x.mean((1, 2), keepdim=True), x.std((1, 2), keepdim=True)
-            x = x + sum(strength * (module_features(controlnext, image, timestep[-1], grid) * std + mean)
-                        for image, strength in added)
+            x = x + sum(
+                strength * (module_features(controlnext, image, timestep[-1], grid, frames[-1]) * std + mean)
+                for image, strength in added)
             return torch.cat([before, x, behind], 1)
         return add
     with ExitStack() as stack:
-        hook = model.model.diffusion_model.register_forward_pre_hook(
-            lambda _, args: timestep.append(args[1][:1] * 1000 / BASES[base].time))
-        stack.callback(hook.remove)
+        stack.callback(model.model.diffusion_model.register_forward_pre_hook(entered).remove)
         for block, added in blocks.items():
             stack.enter_context(entering(base, model, block, adding(added)))
         yield
