@@ -1,15 +1,18 @@
-"""Diffusers names to ComfyUI's, for the UNets of SD1.5, SDXL and SVD (LDM names) and for SD3's MMDiT.
+"""Diffusers names to ComfyUI's, for the UNets of SD1.5, SDXL and SVD (LDM names); of transformers see their own tables.
 
 Inside a layer the names differ by a table; which layer it is follows from where the model's own down- and upsamplers
-stand, so any number of levels and blocks works. An MMDiT has one list of blocks.
+stand, so any number of levels and blocks works.
 """
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+
+from .transformer_keys import transformer_names
 
 # LDM name -> diffusers name, up to the final .weight or .bias
 TOP = {
@@ -26,29 +29,6 @@ RESNET = {
 }
 TIME_POSITION = {"time_pos_embed.0": "time_pos_embed.linear_1", "time_pos_embed.2": "time_pos_embed.linear_2"}
 
-# ComfyUI's MMDiT name -> diffusers name, up to the final .weight or .bias
-MMDIT_TOP = {
-    "context_embedder": "context_embedder", "x_embedder.proj": "pos_embed.proj",
-    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-    "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out",
-}
-MMDIT_BLOCK = {
-    "x_block": {
-        "adaLN_modulation.1": ("norm1.linear",), "mlp.fc1": ("ff.net.0.proj",), "mlp.fc2": ("ff.net.2",),
-        **{f"{attention}.{ours}": tuple(f"{attention}.{name}" for name in theirs) for attention in ("attn", "attn2")
-           for ours, theirs in (("qkv", ("to_q", "to_k", "to_v")), ("proj", ("to_out.0",)), ("ln_q", ("norm_q",)),
-                                ("ln_k", ("norm_k",)))},
-    },
-    "context_block": {
-        "adaLN_modulation.1": ("norm1_context.linear",), "mlp.fc1": ("ff_context.net.0.proj",),
-        "mlp.fc2": ("ff_context.net.2",), "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-        "attn.proj": ("attn.to_add_out",), "attn.ln_q": ("attn.norm_added_q",), "attn.ln_k": ("attn.norm_added_k",),
-    },
-}
-
 
 @dataclass(frozen=True)
 class Target:
@@ -56,54 +36,39 @@ class Target:
 
     Attributes:
         key: ComfyUI's tensor.
-        third: which third of it along its first dimension, for q, k and v in one tensor; None is all of it.
+        rows: (first, how many) of it along its first dimension, for one of several in one tensor; None is all of it.
         exchanged: its halves along the first dimension stand the other way round.
     """
 
     key: str
-    third: int | None = None
+    rows: tuple[int, int] | None = None
     exchanged: bool = False
 
     def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
         """Of the diffusers tensor, from that of ComfyUI's."""
-        return tuple(whole) if self.third is None else (whole[0] // 3, *whole[1:])
+        return tuple(whole) if self.rows is None else (self.rows[1], *whole[1:])
 
     def ordered(self, value: torch.Tensor) -> torch.Tensor:
         """The diffusers tensor with its halves as ComfyUI has them."""
         return torch.cat(value.chunk(2)[::-1]) if self.exchanged else value
 
-    def spread(self, value: torch.Tensor) -> torch.Tensor:
-        """The diffusers tensor in the shape of ComfyUI's, with zeros around it; differentiable."""
+    def spread(self, value: torch.Tensor, whole: int) -> torch.Tensor:
+        """The diffusers tensor with zeros around it, as ComfyUI's of ``whole`` rows; differentiable."""
         value = self.ordered(value)
-        if self.third is None:
+        if self.rows is None:
             return value
-        return torch.cat([value if third == self.third else torch.zeros_like(value) for third in range(3)])
+        first, rows = self.rows
+        return F.pad(value, (0, 0) * (value.ndim - 1) + (first, whole - first - rows))
 
 
-def targets_of(keys: Iterable[str]) -> dict[str, Target]:
-    """{diffusers key: Target} of a UNet or an MMDiT with these keys of ComfyUI's, without ``diffusion_model.``."""
-    keys = list(keys)
-    if any(key.startswith("joint_blocks.") for key in keys):
-        return _mmdit_targets(keys)
-    return {name: Target(key) for name, key in diffusers_to_ldm(keys).items()}
+def targets_of(shapes: Mapping[str, tuple]) -> dict[str, Target]:
+    """{diffusers key: Target} of a UNet or a transformer with tensors of these keys and shapes in ComfyUI.
 
-
-def _mmdit_targets(keys: list[str]) -> dict[str, Target]:
-    targets = {"pos_embed.pos_embed": Target("pos_embed")} if "pos_embed" in keys else {}
-    for key in keys:
-        path, _, tensor = key.rpartition(".")
-        if path in MMDIT_TOP:
-            # diffusers has the scale before the shift where no gate follows
-            targets[f"{MMDIT_TOP[path]}.{tensor}"] = Target(key, exchanged=path.endswith("adaLN_modulation.1"))
-        elif match := re.fullmatch(r"joint_blocks\.(\d+)\.(x_block|context_block)\.(.+)", path):
-            block, stream, layer = match.groups()
-            names = MMDIT_BLOCK[stream].get(layer, ())
-            # the last block's text goes nowhere, so it has no more than a scale and a shift
-            last = stream == "context_block" and f"joint_blocks.{block}.{stream}.mlp.fc1.{tensor}" not in keys
-            for third, name in enumerate(names):
-                targets[f"transformer_blocks.{block}.{name}.{tensor}"] = Target(
-                    key, third if len(names) == 3 else None, last and layer == "adaLN_modulation.1")
-    return targets
+    Args:
+        shapes: {key without ``diffusion_model.``: shape}.
+    """
+    targets = {name: Target(key, rows, exchanged) for name, key, rows, exchanged in transformer_names(shapes)}
+    return targets or {name: Target(key) for name, key in diffusers_to_ldm(shapes).items()}
 
 
 def diffusers_to_ldm(ldm_keys: Iterable[str]) -> dict[str, str]:

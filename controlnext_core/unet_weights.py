@@ -11,13 +11,21 @@ from statistics import median
 import torch
 
 from .checkpoint import ANCHORS, describe, strip_prefixes
-from .families import BASE_NAMES
+from .families import BASE_NAMES, either
 from .unet_keys import Target, targets_of
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
-# (base, any of these in a key) by diffusers and by LDM names; the first that fits speaks
+# (bases, any of these in a key) by diffusers and by ComfyUI's names; the first that fits speaks
 BASE_MARKS = (
-    ("sd3", ("joint_blocks.", ".attn.")),
+    ("sd3", ("joint_blocks.",)),
+    ("flux2", ("double_stream_modulation_img.",)),
+    ("chroma", ("distilled_guidance_layer.",)),
+    ("flux", ("vector_in.", "time_text_embed.guidance_embedder.")),
+    ("flux flux2 chroma", ("double_blocks.", "single_blocks.", "single_transformer_blocks.")),
+    ("z_image", (".attention.qkv.", ".attention.to_")),
+    ("wan", (".self_attn.", "condition_embedder.")),
+    ("qwen_image", ("txt_norm.", ".img_mlp.")),
+    ("sd3 flux flux2 chroma qwen_image", (".attn.",)),
     ("svd", ("spatial_res_block.", "temporal_res_block.", "temporal_transformer_blocks.", "time_stack.", "time_mixer.",
              "time_pos_embed.")),
     ("sdxl", ("add_embedding.", "label_emb.")),
@@ -40,7 +48,7 @@ class UNetWeights:
     Attributes:
         tensors: {LDM key of the model: the file's tensor}.
         left_out: the file's keys that the model lacks.
-        other_base: the base (a key of ``BASE_NAMES``) that the file seems made for although all its tensors fit.
+        other_base: names of the base that the file seems made for although all its tensors fit.
         partial: keys in ``tensors`` of which the file has a part alone (some of q, k and v); the rest is zeros.
     """
 
@@ -68,13 +76,17 @@ class Likeness:
         return "replace" if self.cosine > SAME_COSINE and SAME_SIZE[0] < self.size < SAME_SIZE[1] else "difference"
 
 
-def base_of(keys: Iterable[str]) -> str | None:
-    """The UNet (a key of ``BASE_NAMES``) that these keys are of, None when they are of several or of none."""
+def bases_of(keys: Iterable[str]) -> list[str]:
+    """The bases (keys of ``BASE_NAMES``) that these keys can be of, none when they tell nothing."""
     keys = list(keys)
-    for base, marks in BASE_MARKS:
+    for bases, marks in BASE_MARKS:
         if any(mark in key for key in keys for mark in marks):
-            return base
-    return None
+            return bases.split()
+    return []
+
+
+def _named(bases: Iterable[str]) -> str:
+    return either(BASE_NAMES[base] for base in bases)
 
 
 def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWeights:
@@ -99,24 +111,26 @@ def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWei
         target = Target(bare) if bare in shapes else targets.get(bare)
         if target is None:
             left_out.append(key)
-        elif target.third is None or tuple(value.shape) != target.shape(shapes[target.key]):
+        elif target.rows is None or tuple(value.shape) != target.shape(shapes[target.key]):
             tensors[target.key] = target.ordered(value)
         else:
-            parts[target.key][target.third] = value
-    for key, thirds in parts.items():
-        zeros = torch.zeros_like(next(iter(thirds.values())))
-        tensors.setdefault(key, torch.cat([thirds.get(third, zeros) for third in range(3)]))
+            parts[target.key][target.rows] = value
+    for key, rows in parts.items():
+        whole = torch.zeros(shapes[key], dtype=next(iter(rows.values())).dtype)
+        for (first, count), value in rows.items():
+            whole[first:first + count] = value
+        tensors.setdefault(key, whole)
     what = _describe(state_dict)
     if not tensors or what.startswith(NAMED_ALIKE):
         raise ValueError(f"{name} holds no UNet weights for the connected MODEL: it is {what}; choose the UNet weights "
                          f"that came with the ControlNeXt model (often called unet.safetensors).")
     wrong = [key for key, value in tensors.items() if tuple(value.shape) != tuple(shapes[key])]
-    base, model_base = base_of(state_dict), base_of(shapes)
-    other_base = base if model_base is not None and base != model_base else None
+    bases, model_bases = bases_of(state_dict), bases_of(shapes)
+    other_base = _named(bases) if bases and model_bases and not set(bases) & set(model_bases) else None
     if other_base and (wrong or left_out):
-        raise ValueError(f"{name} holds UNet weights for {BASE_NAMES[base]}, but the connected MODEL is "
-                         f"{BASE_NAMES[model_base]}; connect a {BASE_NAMES[base]} MODEL or choose UNet weights for "
-                         f"{BASE_NAMES[model_base]}.")
+        raise ValueError(f"{name} holds UNet weights for {other_base}, but the connected MODEL is "
+                         f"{_named(model_bases)}; connect a {other_base} MODEL or choose UNet weights for "
+                         f"{_named(model_bases)}.")
     if wrong:
         found, expected = list(tensors[wrong[0]].shape), list(shapes[wrong[0]])
         more = f" (and {len(wrong) - 1} more tensors differ)" if len(wrong) > 1 else ""
@@ -131,7 +145,8 @@ def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWei
         if not extremes.isfinite().all():
             raise ValueError(f"{name}: tensor {key} holds NaN or infinite weights; download the file again or choose "
                              f"another.")
-    return UNetWeights(tensors, left_out, other_base, [key for key, thirds in parts.items() if len(thirds) < 3])
+    partial = [key for key, rows in parts.items() if sum(count for _, count in rows) < shapes[key][0]]
+    return UNetWeights(tensors, left_out, other_base, partial)
 
 
 def _describe(keys: Iterable[str]) -> str:
@@ -144,8 +159,8 @@ def _describe(keys: Iterable[str]) -> str:
         return what
     if any(key.endswith((".diff", ".diff_b")) for key in keys):
         return "a LoRA (Load LoRA takes it)"
-    base = base_of(keys)
-    return f"UNet weights for {BASE_NAMES[base]}" if base else "UNet weights of another kind of model"
+    bases = bases_of(keys)
+    return f"UNet weights for {_named(bases)}" if bases else "UNet weights of another kind of model"
 
 
 def compare(tensors: Mapping[str, torch.Tensor], base_weight: Callable[[str], torch.Tensor]) -> Likeness:

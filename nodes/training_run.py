@@ -81,7 +81,7 @@ def trainable_clone(model, differences: dict[Target, torch.nn.Parameter], dtype:
 
 
 def _adder(target: Target, difference: torch.nn.Parameter):
-    return lambda weight: (weight.float() + target.spread(difference)).to(weight.dtype)
+    return lambda weight: (weight.float() + target.spread(difference, len(weight))).to(weight.dtype)
 
 
 def _checkpointed(forward):

@@ -9,7 +9,6 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..controlnext_core.families import BASE_NAMES
 from ..controlnext_core.training import MODE_KEY
 from ..controlnext_core.unet_weights import UNetWeights, compare, move_to_base, read, split_patches
 from .files import find_file, fingerprint_listed, list_files, load_state_dict, read_metadata
@@ -147,7 +146,7 @@ def remarks(weights: UNetWeights) -> str:
         names = ", ".join(weights.left_out[:NAMED_KEYS]) + (", ..." if len(weights.left_out) > NAMED_KEYS else "")
         text += f" {len(weights.left_out)} tensors that this MODEL lacks were left out: {names}."
     if weights.other_base:
-        text += f" All of them fit this MODEL, yet they look made for {BASE_NAMES[weights.other_base]}."
+        text += f" All of them fit this MODEL, yet they look made for {weights.other_base}."
     return text
 
 

@@ -47,8 +47,7 @@ def test_names_agree_with_comfyui_s_own_map_in_both_directions(changes):
     shapes = {key: tuple(value.shape) for key, value in model.diffusion_model.state_dict().items()}
     targets = targets_of(shapes)
     theirs = comfy.utils.mmdit_to_diffusers(model.model_config.unet_config)
-    ours = {name: (target.key, None if target.third is None else (0, target.third * shapes[target.key][0] // 3,
-                                                                  shapes[target.key][0] // 3), target.exchanged)
+    ours = {name: (target.key, target.rows and (0, *target.rows), target.exchanged)
             for name, target in targets.items()}
     theirs = {name: (at, None, False) if isinstance(at, str) else (at[0], at[1], len(at) > 2)
               for name, at in theirs.items()}
@@ -56,7 +55,7 @@ def test_names_agree_with_comfyui_s_own_map_in_both_directions(changes):
     assert {target.key for target in targets.values()} == shapes.keys()
     value = torch.arange(6.0)
     swapped = next(target for target in targets.values() if target.exchanged)
-    assert torch.equal(swapped.spread(value), comfy.utils.swap_scale_shift(value))
+    assert torch.equal(swapped.spread(value, 6), comfy.utils.swap_scale_shift(value))
 
 
 def test_training_lowers_the_loss_and_reaches_every_tensor(sd3, train):
@@ -66,7 +65,7 @@ def test_training_lowers_the_loss_and_reaches_every_tensor(sd3, train):
     assert steps == 8
     assert sum(loss_map["loss"][4:]) < 0.9 * sum(untrained[4:])  # of the same noise and timesteps
     assert all(torch.equal(value, before[key]) for key, value in sd3.model.state_dict().items())
-    targets = targets_of(sd3.model.diffusion_model.state_dict())
+    targets = targets_of({key: value.shape for key, value in sd3.model.diffusion_model.state_dict().items()})
     expected = {name for name in targets if ".to_out." in name}
     assert controlnext.unet_differences.keys() == expected
     attentions = 3 + len(sd3.model.model_config.unet_config["x_block_self_attn_layers"])
@@ -106,8 +105,9 @@ def test_a_diffusers_file_replaces_the_weights_and_a_part_of_it_cannot(sd3, run,
     other.model.diffusion_model.pos_embed.copy_(sd3.model.diffusion_model.pos_embed)
     weights = other.model.diffusion_model.state_dict()
     file = {}
-    for name, target in targets_of(weights).items():
-        value = weights[target.key] if target.third is None else weights[target.key].chunk(3)[target.third]
+    for name, target in targets_of({key: value.shape for key, value in weights.items()}).items():
+        first, rows = target.rows or (0, None)
+        value = weights[target.key][first:rows and first + rows]
         file[name] = target.ordered(value).contiguous()
     folder = models_folder / "controlnext"
     save_file({f"transformer.{name}": value for name, value in file.items()}, folder / "full.safetensors")

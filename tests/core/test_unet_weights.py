@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from controlnext_core.unet_weights import base_of, compare, lora_key, low_rank, move_to_base, read, split_patches
+from controlnext_core.unet_weights import bases_of, compare, lora_key, low_rank, move_to_base, read, split_patches
 
 # a UNet with two levels of one block each, cut down to one tensor of each kind
 SHAPES = {
@@ -94,7 +94,7 @@ def test_weights_for_another_base_are_an_error_that_names_both():
 
 def test_weights_that_fit_but_look_made_for_another_base_are_noted():
     video = {"input_blocks.1.1.time_mixer.mix_factor": (1,)}
-    assert read(tensors_of(DIFFUSERS), "x.bin", SHAPES | video).other_base == "sd15"
+    assert read(tensors_of(DIFFUSERS), "x.bin", SHAPES | video).other_base == "SD1.5"
     assert read(tensors_of(DIFFUSERS), "x.bin", SHAPES).other_base is None
 
 
@@ -119,8 +119,8 @@ def test_a_file_without_tensors_is_an_error():
 
 
 def test_the_goldens_files_are_told_apart_by_their_keys(goldens):
-    assert {base: base_of(shapes) for base, shapes in goldens.unet_shapes.items()} == {
-        "sd15": "sd15", "sdxl": "sdxl", "svd": "svd"}
+    assert {base: bases_of(shapes) for base, shapes in goldens.unet_shapes.items()} == {
+        "sd15": ["sd15"], "sdxl": ["sdxl"], "svd": ["svd"]}
 
 
 @pytest.mark.parametrize("change, mode", [

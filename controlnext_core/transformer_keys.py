@@ -1,0 +1,140 @@
+"""Names of transformers' weights in diffusers and in ComfyUI, as tables; what they do not name is named alike in both.
+
+A tensor of ComfyUI's may hold several of diffusers' below one another: query, key and value, in Flux's single blocks
+the first layer of the feed-forward too.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+_QKV = ("to_q", "to_k", "to_v")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of one class of transformers, all without the final .weight or .bias.
+
+    Attributes:
+        mark: how a key of every such transformer begins, and none of those before it in the table.
+        top: {ComfyUI's: diffusers'} outside of the blocks.
+        blocks: {ComfyUI's list of blocks: (diffusers', {ComfyUI's layer: diffusers' layers})}.
+        exchanged: layers of ``top`` whose tensors have their halves the other way round.
+    """
+
+    mark: str
+    top: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = field(default_factory=dict)
+    exchanged: tuple[str, ...] = ()
+
+
+def _joined(attention: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{attention}.{name}" for name in names)
+
+
+_EMBEDDER = {"in_layer": "linear_1", "out_layer": "linear_2"}
+_FLUX_TOP = {
+    "img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    **{f"{ours}.{layer}": f"time_text_embed.{theirs}.{name}" for layer, name in _EMBEDDER.items() for ours, theirs in (
+        ("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder"))},
+}
+_FLUX_DOUBLE = {
+    "img_attn.qkv": _joined("attn", _QKV), "img_attn.proj": ("attn.to_out.0",),
+    "img_attn.norm.query_norm": ("attn.norm_q",), "img_attn.norm.key_norm": ("attn.norm_k",),
+    "img_mod.lin": ("norm1.linear",), "img_mlp.0": ("ff.net.0.proj",), "img_mlp.2": ("ff.net.2",),
+    "txt_attn.qkv": _joined("attn", ("add_q_proj", "add_k_proj", "add_v_proj")), "txt_attn.proj": ("attn.to_add_out",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",), "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "txt_mod.lin": ("norm1_context.linear",), "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+_FLUX_SINGLE = {
+    "linear1": (*_joined("attn", _QKV), "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",),
+    "norm.query_norm": ("attn.norm_q",), "norm.key_norm": ("attn.norm_k",),
+}
+_Z_IMAGE_BLOCK = {
+    "attention.qkv": _joined("attention", _QKV), "attention.out": ("attention.to_out.0",),
+    "attention.q_norm": ("attention.norm_q",), "attention.k_norm": ("attention.norm_k",),
+}
+TRANSFORMERS = (
+    Names("joint_blocks.", {  # SD3
+        "pos_embed": "pos_embed.pos_embed", "x_embedder.proj": "pos_embed.proj",
+        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+        "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out",
+    }, {"joint_blocks": ("transformer_blocks", {
+        "x_block.adaLN_modulation.1": ("norm1.linear",), "x_block.mlp.fc1": ("ff.net.0.proj",),
+        "x_block.mlp.fc2": ("ff.net.2",),
+        **{f"x_block.{attention}.{ours}": _joined(attention, theirs) for attention in ("attn", "attn2")
+           for ours, theirs in (("qkv", _QKV), ("proj", ("to_out.0",)), ("ln_q", ("norm_q",)), ("ln_k", ("norm_k",)))},
+        "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+        "context_block.mlp.fc1": ("ff_context.net.0.proj",), "context_block.mlp.fc2": ("ff_context.net.2",),
+        "context_block.attn.qkv": _joined("attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
+        "context_block.attn.proj": ("attn.to_add_out",), "context_block.attn.ln_q": ("attn.norm_added_q",),
+        "context_block.attn.ln_k": ("attn.norm_added_k",),
+    })}, ("final_layer.adaLN_modulation.1",)),
+    Names("double_stream_modulation_img.", _FLUX_TOP, {  # Flux.2
+        "double_blocks": ("transformer_blocks", {
+            **_FLUX_DOUBLE, "img_mlp.0": ("ff.linear_in",), "img_mlp.2": ("ff.linear_out",),
+            "txt_mlp.0": ("ff_context.linear_in",), "txt_mlp.2": ("ff_context.linear_out",)}),
+        "single_blocks": ("single_transformer_blocks", {
+            **_FLUX_SINGLE, "linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}),
+    }, ("final_layer.adaLN_modulation.1",)),
+    Names("double_blocks.", _FLUX_TOP, {  # Flux.1, Chroma
+        "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
+        "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
+    }, ("final_layer.adaLN_modulation.1",)),
+    Names("noise_refiner.", {  # Z-Image
+        "x_embedder": "all_x_embedder.2-1", "final_layer.linear": "all_final_layer.2-1.linear",
+        "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    }, {blocks: (blocks, _Z_IMAGE_BLOCK) for blocks in ("layers", "noise_refiner", "context_refiner")}),
+    Names("blocks.", {  # Wan
+        "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+        "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+        "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+        "time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out",
+        **{f"img_emb.proj.{ours}": f"condition_embedder.image_embedder.{theirs}" for ours, theirs in (
+            (0, "norm1"), (1, "ff.net.0.proj"), (3, "ff.net.2"), (4, "norm2"))},
+    }, {"blocks": ("blocks", {
+        "ffn.0": ("ffn.net.0.proj",), "ffn.2": ("ffn.net.2",), "norm3": ("norm2",),
+        **{f"{ours}.{layer}": (f"{theirs}.{name}",)
+           for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+           for layer, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"),
+                               ("norm_k", "norm_k"), ("k_img", "add_k_proj"), ("v_img", "add_v_proj"),
+                               ("norm_k_img", "norm_added_k"))},
+    })}),
+    Names("transformer_blocks."),  # Qwen-Image
+)
+
+
+def transformer_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str, tuple[int, int] | None, bool]]:
+    """(diffusers name, ComfyUI's key, (first row, rows) of it or None for all, halves exchanged) of every tensor.
+
+    One that the table does not name has ComfyUI's own name. A model that is none of TRANSFORMERS gives nothing.
+
+    Args:
+        shapes: {key: shape} of ComfyUI's model, without ``diffusion_model.``.
+    """
+    names = next((names for names in TRANSFORMERS if any(key.startswith(names.mark) for key in shapes)), None)
+    for key, shape in shapes.items() if names else ():
+        path, _, tensor = key.rpartition(".")
+        end = "weight" if tensor == "scale" else tensor  # of norms, in older versions of ComfyUI
+        exchanged = path in names.exchanged
+        theirs = [f"{names.top.get(path, path)}.{end}"] if path else [names.top.get(key, key)]
+        if match := re.fullmatch(r"(\w+)\.(\d+)\.(.+)", path):
+            ours, block, layer = match.groups()
+            their_blocks, layers = names.blocks.get(ours, (ours, {}))
+            theirs = [f"{their_blocks}.{block}.{name}.{end}" for name in layers.get(layer, (layer,))]
+            # the text of SD3's last block goes nowhere, so it has no more than a scale and a shift
+            exchanged = (layer == "context_block.adaLN_modulation.1"
+                         and f"{ours}.{block}.context_block.mlp.fc1.{tensor}" not in shapes)
+        if len(theirs) == 1:
+            yield theirs[0], key, None, exchanged
+            continue
+        width = shapes[f"{path}.weight"][1]
+        for index, name in enumerate(theirs):
+            first = index * width
+            yield name, key, (first, width if index < len(_QKV) else shape[0] - first), exchanged
