@@ -23,6 +23,7 @@ from .files import fingerprint, write_whole
 from .model import ControlNeXt, ControlNeXtType, trained_controlnext
 from .places import places_of
 from .preview import send_text, show_text
+from .teacher import Teacher
 from .training_data import Samples
 from .training_run import Run, TrainingControl, trainable_clone
 from .unet_loader import BaseWeights, add_unet_weights
@@ -115,6 +116,18 @@ class ControlNeXtTrain(io.ComfyNode):
                                  tooltip="Trains to restore pictures: connect the pictures themselves to images. "
                                          "Whenever one comes up, control is a copy 2 to 8 times as small, with blur, "
                                          "noise or JPEG drawn anew."),
+                io.ControlNet.Input("teacher", optional=True,
+                                    tooltip="A ControlNet for this MODEL to learn from, or a T2I-Adapter or another "
+                                            "ControlNeXt: what the MODEL predicts under it, from the same control "
+                                            "images, is what is learned."),
+                io.Float.Input("teacher_strength", default=1.0, min=0.0, max=10.0, step=0.01, optional=True,
+                               advanced=True, tooltip="Strength of the teacher."),
+                io.Float.Input("teacher_share", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                               tooltip="How much of the loss is the teacher's: 1 learns from it alone, 0 from the "
+                                       "pictures alone."),
+                io.Vae.Input("teacher_vae", optional=True,
+                             tooltip="For a teacher that takes control images as latents, as those for SD3 do: the "
+                                     "MODEL's VAE."),
             ],
             outputs=[
                 ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt and Save ControlNeXt "
@@ -133,21 +146,30 @@ class ControlNeXtTrain(io.ComfyNode):
         return None if name in (NONE, None) else fingerprint(os.path.join(_folder(), name))
 
     @classmethod
-    def execute(cls, model, latents, conditioning, images, controlnext=None, empty_conditioning=None,
-                **settings) -> io.NodeOutput:
+    def execute(cls, model, latents, conditioning, images, controlnext=None, empty_conditioning=None, teacher=None,
+                teacher_vae=None, **settings) -> io.NodeOutput:
         optional = {"resume_from": NONE, "caption_dropout": 0.0, "ema": 0.0, "unet_pattern": "", "min_snr_gamma": 0.0,
-                    "warmup_steps": 0, "grad_accumulation_steps": 1, "inject_at": "auto", "super_resolution": False}
+                    "warmup_steps": 0, "grad_accumulation_steps": 1, "inject_at": "auto", "super_resolution": False,
+                    "teacher_strength": 1.0, "teacher_share": 1.0}
         settings = SimpleNamespace(**optional | {name: value[0] for name, value in settings.items()})
         if settings.caption_dropout and not empty_conditioning:
             raise ValueError("caption_dropout: there is no empty caption to put in place of others; connect an encoded "
                              "empty prompt to empty_conditioning or set caption_dropout to 0.")
+        if settings.teacher_share != 1.0 and not teacher:
+            raise ValueError("teacher_share: there is no teacher to share the loss with; connect a CONTROL_NET to "
+                             "teacher or set teacher_share to 1.")
+        learned_from = None
+        if teacher and settings.teacher_share:
+            learned_from = Teacher(teacher[0], settings.teacher_strength, settings.teacher_share,
+                                   teacher_vae[0] if teacher_vae else None)
         samples = Samples(latents, conditioning, images, empty_conditioning[0] if empty_conditioning else None,
                           model[0].get_model_object("latent_format").spacial_downscale_ratio)
         with torch.inference_mode(False), torch.enable_grad():
-            return cls._train(model[0], controlnext[0] if controlnext else None, samples, settings)
+            return cls._train(model[0], controlnext[0] if controlnext else None, samples, learned_from, settings)
 
     @classmethod
-    def _train(cls, model, controlnext: ControlNeXt | None, samples: Samples, settings) -> io.NodeOutput:
+    def _train(cls, model, controlnext: ControlNeXt | None, samples: Samples, teacher: Teacher | None,
+               settings) -> io.NodeOutput:
         state = None
         if settings.resume_from != NONE:
             state = torch.load(os.path.join(_folder(), settings.resume_from), "cpu", weights_only=True)
@@ -165,10 +187,10 @@ class ControlNeXtTrain(io.ComfyNode):
             except ValueError as error:
                 raise ValueError(f"resume_from: {settings.resume_from} was trained with other settings: {error}; set "
                                  "trainable, unet_pattern and ema as they were.") from None
-        clone = trainable_clone(model, {names[name]: value for name, value in training.differences.items()},
+        clone = trainable_clone(model, control, {names[name]: value for name, value in training.differences.items()},
                                 DTYPES[settings.training_dtype], settings.gradient_checkpointing)
         run = Run(clone, control, training, samples, settings.batch_size, settings.caption_dropout,
-                  settings.min_snr_gamma, settings.super_resolution)
+                  settings.min_snr_gamma, settings.super_resolution, teacher)
         cls._loop(clone, run, settings)
         weights, differences = (_to_cpu(tensors) for tensors in training.weights())
         trained = trained_controlnext(with_scale(weights, control.scale), control.family.name,
@@ -198,10 +220,11 @@ class ControlNeXtTrain(io.ComfyNode):
         first, progress, kept = training.step, comfy.utils.ProgressBar(steps), ""
         try:
             comfy.model_management.in_training = True
-            comfy.model_management.load_models_gpu([clone], memory_required=1e20, force_full_load=True)
+            models = [clone, *(run.teacher.models() if run.teacher else ())]
+            comfy.model_management.load_models_gpu(models, memory_required=1e20, force_full_load=True)
             clone.pre_run()
-            with tqdm(total=steps, initial=first, desc="Train ControlNeXt",
-                      disable=not comfy.utils.PROGRESS_BAR_ENABLED) as bar:
+            with run.taught(), tqdm(total=steps, initial=first, desc="Train ControlNeXt",
+                                    disable=not comfy.utils.PROGRESS_BAR_ENABLED) as bar:
                 while training.step < steps:
                     loss = run.step()
                     bar.set_postfix({"loss": f"{loss:.4f}"})

@@ -1,5 +1,7 @@
 """A MODEL under training: the control with gradients, the denoiser that carries it, one step, a preview."""
 
+from contextlib import contextmanager
+
 import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.model_sampling
@@ -27,6 +29,7 @@ from ..controlnext_core.unet_keys import Target
 from .control import RESIZING, Forward
 from .injection import add_control
 from .places import Place
+from .teacher import Teacher
 from .training_data import Samples
 
 PREFIX = "diffusion_model."
@@ -41,6 +44,7 @@ class TrainingControl:
     Attributes:
         place_name: of ``place``, in ``PLACES``.
         images: (B, 3, H, W), set before each forward.
+        acting: off, a forward goes without it and without the UNet differences that are trained with it.
     """
 
     patcher = None
@@ -49,16 +53,20 @@ class TrainingControl:
         self.module, self.family, self.place, self.place_name = module, family, place, place_name
         self.scale, self.gain = scale, family.gains(scale)[0]
         self.images: torch.Tensor | None = None
+        self.acting = True
 
-    def __call__(self, forward: Forward) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, forward: Forward) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not self.acting:
+            return None
         timesteps = torch.tensor(forward.timesteps, device=forward.device)
         features = control_features(self.module, self.family, self.images.to(forward.device, forward.dtype), timesteps,
                                     halved(forward.size, self.place.halvings))
         return features[None], features.new_full((1, 1, 1, 1, 1), self.gain)
 
 
-def trainable_clone(model, differences: dict[Target, torch.nn.Parameter], dtype: torch.dtype, checkpointing: bool):
-    """A clone of a MODEL that gradients can pass, with ``differences`` added in every forward where they belong.
+def trainable_clone(model, control: TrainingControl, differences: dict[Target, torch.nn.Parameter], dtype: torch.dtype,
+                    checkpointing: bool):
+    """A clone of a MODEL that gradients can pass, with ``differences`` added where they belong while ``control`` acts.
 
     All of it goes through the patcher; the weights that the clone shares with the MODEL are not touched.
     """
@@ -72,7 +80,7 @@ def trainable_clone(model, differences: dict[Target, torch.nn.Parameter], dtype:
             else:  # a layer that is none of ComfyUI's own: SD3's norm of q and k
                 clone.add_object_patch(key, torch.nn.Parameter(weight.clone(), requires_grad=False))
     for target, difference in differences.items():
-        clone.add_weight_wrapper(PREFIX + target.key, _adder(target, difference))
+        clone.add_weight_wrapper(PREFIX + target.key, _adder(control, target, difference))
     if checkpointing:
         for name, layer in clone.model.named_modules():
             if isinstance(layer, ResBlock | SpatialTransformer | JointBlock):
@@ -80,8 +88,12 @@ def trainable_clone(model, differences: dict[Target, torch.nn.Parameter], dtype:
     return clone
 
 
-def _adder(target: Target, difference: torch.nn.Parameter):
-    return lambda weight: (weight.float() + target.spread(difference, len(weight))).to(weight.dtype)
+def _adder(control: TrainingControl, target: Target, difference: torch.nn.Parameter):
+    def add(weight: torch.Tensor) -> torch.Tensor:
+        if not control.acting:
+            return weight
+        return (weight.float() + target.spread(difference, len(weight))).to(weight.dtype)
+    return add
 
 
 def _checkpointed(forward):
@@ -97,17 +109,19 @@ class Run:
         caption_dropout: share of captions that are replaced by the empty one.
         min_snr_gamma: of ``prediction_loss``.
         super_resolution: the samples' images are pictures, and control is what ``degraded`` makes of them.
+        teacher: steps are then to be made inside ``taught``.
 
     Raises:
         ValueError: the MODEL predicts something unknown.
     """
 
     def __init__(self, clone, control: TrainingControl, training: Training, samples: Samples, batch_size: int,
-                 caption_dropout: float, min_snr_gamma: float = 0.0, super_resolution: bool = False):
+                 caption_dropout: float, min_snr_gamma: float = 0.0, super_resolution: bool = False,
+                 teacher: Teacher | None = None):
         self.base_model, self.device = clone.model, clone.load_device
         self.control, self.training, self.samples = control, training, samples
         self.batch_size, self.caption_dropout, self.min_snr_gamma = batch_size, caption_dropout, min_snr_gamma
-        self.super_resolution = super_resolution
+        self.super_resolution, self.teacher = super_resolution, teacher
         self.buckets = samples.buckets()
         self.sampling = clone.get_model_object("model_sampling")
         self.prediction = next((name for kind, name in PREDICTIONS if isinstance(self.sampling, kind)), None)
@@ -118,6 +132,36 @@ class Run:
         self.options = {**controlled.model_options["transformer_options"], "wrappers": controlled.wrappers,
                         "cond_or_uncond": [0]}
         self.previewer = latent_preview.get_previewer(self.device, self.base_model.latent_format)
+
+    @contextmanager
+    def taught(self):
+        """The teacher, if there is one, prepared for the loaded clone. ValueError: it does not fit the MODEL."""
+        if self.teacher is None:
+            yield
+            return
+        with self.teacher.at_work(self.base_model):
+            self._try_teacher()
+            yield
+
+    def _try_teacher(self) -> None:
+        """One forward under the teacher, since nothing else tells whether it fits."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.samples.batch_latents([0]).shape, generator=generator).to(self.device)
+        sigma = self.sampling.sigmas[len(self.sampling.sigmas) // 2].to(self.device).expand(len(x))
+        self.control.images = self._images([0], generator)
+        alone = self._denoise_without_student(x, sigma, [0], [False])
+        advice = "connect one that is made for the MODEL"
+        try:
+            taught = self._denoise_without_student(x, sigma, [0], [False], self.teacher)
+        except (comfy.model_management.OOM_EXCEPTION, comfy.model_management.InterruptProcessingException):
+            raise
+        except Exception as error:
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"teacher: the connected CONTROL_NET does not fit the connected MODEL, a "
+                             f"{type(self.base_model).__name__} ({what}); {advice}.") from error
+        if torch.equal(taught, alone):
+            raise ValueError(f"teacher: the connected CONTROL_NET changes nothing in what the connected MODEL, a "
+                             f"{type(self.base_model).__name__}, predicts; {advice}, at a teacher_strength above 0.")
 
     def step(self) -> float:
         """One update; its loss. Interrupted, it leaves the training as it was before."""
@@ -133,8 +177,15 @@ class Run:
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
         dropped = drop_captions(len(rows), self.caption_dropout, generator)
         self.control.images = self._images(rows, generator)
-        denoised = self._denoise(self.sampling.noise_scaling(sigma, noise, latents), sigma, rows, dropped)
-        return prediction_loss(denoised, latents, sigma, self.prediction, self.min_snr_gamma).mean()
+        x = self.sampling.noise_scaling(sigma, noise, latents)
+        # the teacher first, while no graph of the student's takes memory
+        taught = self._denoise_without_student(x, sigma, rows, dropped, self.teacher) if self.teacher else None
+        denoised = self._denoise(x, sigma, rows, dropped)
+        loss = prediction_loss(denoised, latents, sigma, self.prediction, self.min_snr_gamma)
+        if taught is not None:
+            from_teacher = prediction_loss(denoised, taught, sigma, self.prediction, self.min_snr_gamma)
+            loss = torch.lerp(loss, from_teacher, self.teacher.share)
+        return loss.mean()
 
     def preview(self) -> tuple | None:
         """A picture sampled under the first sample's caption and control, as ComfyUI's progress bar takes it."""
@@ -159,6 +210,16 @@ class Run:
         small = [torch.from_numpy(degraded(picture, generator))[None].movedim(-1, 1) / 255 for picture in pixels]
         return torch.cat([comfy.utils.common_upscale(one, width, height, RESIZING, "disabled") for one in small])
 
-    def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, rows: list[int], dropped: list[bool]) -> torch.Tensor:
-        conds = self.samples.batch_conds(self.base_model, rows, dropped, self.device)
-        return self.base_model.apply_model(x, sigma, transformer_options=self.options, **conds)
+    def _denoise_without_student(self, *args) -> torch.Tensor:
+        self.control.acting = False
+        try:
+            with torch.no_grad():
+                return self._denoise(*args)
+        finally:
+            self.control.acting = True
+
+    def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, rows: list[int], dropped: list[bool],
+                 teacher: Teacher | None = None) -> torch.Tensor:
+        conds, options = self.samples.batch_conds(self.base_model, rows, dropped, self.device), dict(self.options)
+        control = teacher(self.control.images, x, sigma, conds, options) if teacher else None
+        return self.base_model.apply_model(x, sigma, control=control, transformer_options=options, **conds)

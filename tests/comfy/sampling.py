@@ -40,8 +40,8 @@ def one_forward(model, positive, latent, sigma: float) -> torch.Tensor:
     """What the UNet returns for ``latent``, taken as its input, in one step of a sampler at ``sigma`` and cfg 1."""
     caught = []
     hook = model.model.diffusion_model.register_forward_hook(lambda module, args, output: caught.append(output))
-    # calculate_input divides by this factor
-    x = latent * (sigma ** 2 + model.model.model_sampling.sigma_data ** 2) ** 0.5
+    sampling = model.get_model_object("model_sampling")
+    x = latent / sampling.calculate_input(torch.tensor([sigma]), torch.ones(1, 1, 1, 1))
 
     def sampler(apply, _, sigmas, extra_args=None, **__):
         apply(x, sigmas[:1].expand(len(x)), **extra_args)

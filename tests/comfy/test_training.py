@@ -108,7 +108,7 @@ def test_what_is_trained_is_what_is_applied(pack, small, unet):
     latents, images = pictures([(8, 8)] * 2)
     samples = pack("nodes.training_data").Samples(latents, [cond(unet, seed) for seed in (0, 1)], images, None, 8)
     control = train._start(unet, small(), seed=3)
-    clone = run.trainable_clone(unet, {}, torch.float32, True)
+    clone = run.trainable_clone(unet, control, {}, torch.float32, True)
     comfy.model_management.load_models_gpu([clone])
     training = pack("controlnext_core.training").Training(control.module)
     denoise = run.Run(clone, control, training, samples, 2, 0.0)._denoise
