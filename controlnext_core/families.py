@@ -33,7 +33,7 @@ def _fifth(scale: float) -> float:
 
 
 def _sigmoid(scale: float) -> float:
-    return 1.3 / (1.0 + math.exp(-scale))
+    return 1.3 / (1.0 + math.e ** -scale)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ class Family:
     window_reference: bool = False
 
     def gains(self, scale: float) -> tuple[float, float]:
-        """Multipliers of the (conditional, unconditional) half for the learned ``scale``, 1.0 in files without one."""
+        """Multipliers of the (conditional, unconditional) half for the learned ``scale``, 1.0 in files without one.
+
+        A tensor, as it is while it is learned, gives tensors.
+        """
         return self.gain(scale), self.gain(0.0 if self.zero_negative_scale else scale)
 
 

@@ -45,6 +45,10 @@ MAX_GRADIENT_NORM = 1.0
 # what our files say of themselves: a family's name, the place where control enters, and difference or replace
 FAMILY_KEY, PLACE_KEY, MODE_KEY = "controlnext.family", "controlnext.place", "controlnext.unet"
 SCALED_LAYOUTS = ("mid", "video_mid")  # whose files hold the number ``scale``
+# {base: variant} of a new module where the layout leaves a choice: what the reference's own training makes
+NEW_VARIANTS = {"svd": "svd_padded"}
+# {base: (mean, deviation)} of the logarithm of training's noise levels, where they are not evenly the sampling's own
+LOG_SIGMAS = {"svd": (0.7, 1.6)}
 
 
 def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, operations=nn,
@@ -119,6 +123,12 @@ def draw_levels(rows: int, levels: int, prediction: str, generator: torch.Genera
     return torch.randint(levels, (rows,), generator=generator)
 
 
+def draw_sigmas(rows: int, mean: float, deviation: float, limits: tuple[float, float],
+                generator: torch.Generator) -> torch.Tensor:
+    """Noise levels (rows,) of a continuous model: log-normal, as EDM draws them (arXiv 2206.00364), within limits."""
+    return (mean + deviation * torch.randn(rows, generator=generator)).exp().clamp(*limits)
+
+
 def prediction_loss(denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor, prediction: str,
                     min_snr_gamma: float = 0.0) -> torch.Tensor:
     """Mean squared error (N,) of what the model predicts, told from its estimate of the clean latents.
@@ -154,8 +164,13 @@ def drop_captions(rows: int, share: float, generator: torch.Generator) -> list[b
 
 
 def with_scale(module: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """A module's state dict with the learned scale, as a file holds it. Training leaves the scale as it is."""
-    return {**module, "scale": torch.tensor(scale)}
+    """A module's state dict with the scale, as a file holds it; one that was trained is there already and stays."""
+    return {"scale": torch.tensor(scale), **module}
+
+
+def learn_scale(module: ControlNeXtModule, scale: float) -> None:
+    """Make the scale a parameter ``module.scale``, as the reference has it in the layouts whose files hold it."""
+    module.scale = nn.Parameter(torch.tensor(scale))
 
 
 def reference_files(module: Mapping[str, torch.Tensor], family: Family | None, scale: float,

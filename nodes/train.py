@@ -15,7 +15,16 @@ from tqdm.auto import tqdm
 
 from ..controlnext_core import checkpoint
 from ..controlnext_core.families import BASE_NAMES, either, listed, resolve
-from ..controlnext_core.training import UNET_PATTERNS, Training, new_module, select_weights, with_scale
+from ..controlnext_core.training import (
+    NEW_VARIANTS,
+    SCALED_LAYOUTS,
+    UNET_PATTERNS,
+    Training,
+    learn_scale,
+    new_module,
+    select_weights,
+    with_scale,
+)
 from ..controlnext_core.unet_keys import Target, targets_of
 from ..controlnext_core.unet_weights import read
 from .base import base_of_model, family_of, inject_at_input
@@ -31,7 +40,8 @@ from .unet_loader import BaseWeights, add_unet_weights
 FOLDER = "controlnext_training"  # in the output folder
 NONE = "none"
 WITH_UNET = "module and UNet weights"
-TRAINED_BASES = ("sd15", "sdxl", "sd3")
+TRAINED_BASES = ("sd15", "sdxl", "svd", "sd3")
+VIDEO_BASES = ("svd",)  # whose LATENT is a video, a frame a row
 TEXTS, MEAN_OF = 1000, 50  # texts in a training; losses in the mean that they tell
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -43,24 +53,26 @@ class ControlNeXtTrain(io.ComfyNode):
             node_id="ControlNeXtTrain",
             display_name="Train ControlNeXt",
             category="ControlNeXt",
-            description="Trains a ControlNeXt on pictures and their control images, on top of a MODEL that stays as it "
-                        "is. Interrupting it keeps what was trained.",
+            description="Trains a ControlNeXt on pictures or videos and their control images, on top of a MODEL that "
+                        "stays as it is. Interrupting it keeps what was trained.",
             search_aliases=["controlnext", "train controlnet", "train control", "training"],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The SD1.5, SDXL or SD3 MODEL to train for; it is not changed."),
+                io.Model.Input("model", tooltip="The SD1.5, SDXL, SVD or SD3 MODEL to train for; it is not changed."),
                 io.Latent.Input("latents", tooltip="The pictures, from Make Training Dataset, Resolution Bucket or VAE "
+                                                   "Encode. For SVD, videos: each one whole, its frames from VAE "
                                                    "Encode."),
                 io.Conditioning.Input("conditioning", tooltip="The captions, from the same node as the latents: one "
-                                                              "for each picture, or one for all."),
-                io.Image.Input("images", tooltip="The control images: one for each picture, in the same order and of "
-                                                 "the same size."),
+                                                              "for each picture, or one for all. For SVD, the "
+                                                              "positive of SVD_img2vid_Conditioning for each video."),
+                io.Image.Input("images", tooltip="The control images: one for each picture, or each frame of a video, "
+                                                 "in the same order and of the same size."),
                 io.Int.Input("steps", default=1000, min=1, max=1000000,
                              tooltip="Steps in all, those of a training that is resumed included. A few hundred to a "
                                      "few thousand."),
                 io.Int.Input("batch_size", default=1, min=1, max=1024,
                              tooltip="Pictures in a step, all of one size. More learn more steadily and take more "
-                                     "memory."),
+                                     "memory. Videos follow each other, in the memory of one."),
                 io.Float.Input("learning_rate", default=1e-4, min=0.0, max=1.0, step=1e-7, round=False,
                                tooltip="Of the ControlNeXt module."),
                 io.Float.Input("unet_learning_rate", default=1e-5, min=0.0, max=1.0, step=1e-7, round=False,
@@ -98,8 +110,8 @@ class ControlNeXtTrain(io.ComfyNode):
                                        "steps. 0 is off."),
                 io.String.Input("unet_pattern", default="", optional=True, advanced=True,
                                 tooltip="Which UNet weights to train: a regular expression found in their diffusers "
-                                        "names. Empty is the reference's: to_out, on SDXL attn2.*to_out, and to_out on "
-                                        "SD3."),
+                                        "names. Empty is the reference's: to_out, on SDXL attn2.*to_out, on SVD "
+                                        "to_out and to_v, and to_out on SD3."),
                 io.Float.Input("min_snr_gamma", default=0.0, min=0.0, max=1000.0, step=0.01, round=False, optional=True,
                                advanced=True,
                                tooltip="Min-SNR weighting: samples of little noise count no more than this. 5 is "
@@ -162,8 +174,12 @@ class ControlNeXtTrain(io.ComfyNode):
         if teacher and settings.teacher_share:
             learned_from = Teacher(teacher[0], settings.teacher_strength, settings.teacher_share,
                                    teacher_vae[0] if teacher_vae else None)
+        videos = base_of_model(model[0].model) in VIDEO_BASES
+        if videos:  # one a forward: a step's others follow it, and its gradient is the same
+            settings.grad_accumulation_steps *= settings.batch_size
+            settings.batch_size = 1
         samples = Samples(latents, conditioning, images, empty_conditioning[0] if empty_conditioning else None,
-                          model[0].get_model_object("latent_format").spacial_downscale_ratio)
+                          model[0].get_model_object("latent_format").spacial_downscale_ratio, videos)
         with torch.inference_mode(False), torch.enable_grad():
             return cls._train(model[0], controlnext[0] if controlnext else None, samples, learned_from, settings)
 
@@ -270,7 +286,8 @@ def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "
     if base not in TRAINED_BASES:
         raise ValueError(f"model: training is for {listed(TRAINED_BASES)}, but the connected MODEL is "
                          f"{BASE_NAMES[base]}; connect one of these.")
-    family = family_of(model.model, controlnext) if controlnext else resolve("light", "auto", base)
+    family = (family_of(model.model, controlnext) if controlnext
+              else resolve("light", NEW_VARIANTS.get(base, "auto"), base))
     places = places_of(model.model.diffusion_model)
     if inject_at == "auto":
         inject_at = controlnext and controlnext.place or family.place
@@ -291,6 +308,8 @@ def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "
                              "for, or train a new one.")
     module = checkpoint.read(state_dict, "controlnext", operations=comfy.ops.manual_cast).module
     module.load_state_dict(state_dict)
+    if family.layout in SCALED_LAYOUTS:
+        learn_scale(module, scale)
     return TrainingControl(module.to(model.load_device), family, place, inject_at, scale)
 
 

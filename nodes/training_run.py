@@ -18,10 +18,12 @@ from ..controlnext_core.degradation import degraded
 from ..controlnext_core.families import Family
 from ..controlnext_core.sizes import halved
 from ..controlnext_core.training import (
+    LOG_SIGMAS,
     Training,
     control_features,
     draw_levels,
     draw_rows,
+    draw_sigmas,
     drop_captions,
     prediction_loss,
 )
@@ -41,6 +43,9 @@ PREDICTIONS = ((comfy.model_sampling.CONST, "flow"), (comfy.model_sampling.V_PRE
 class TrainingControl:
     """Serves the injection as a Control does, from a batch of images and with gradients; runs the module once a batch.
 
+    Args:
+        scale: for a module that learns none of its own.
+
     Attributes:
         place_name: of ``place``, in ``PLACES``.
         images: (B, 3, H, W), set before each forward.
@@ -51,7 +56,7 @@ class TrainingControl:
 
     def __init__(self, module, family: Family, place: Place, place_name: str, scale: float):
         self.module, self.family, self.place, self.place_name = module, family, place, place_name
-        self.scale, self.gain = scale, family.gains(scale)[0]
+        self.scale = scale
         self.images: torch.Tensor | None = None
         self.acting = True
 
@@ -61,7 +66,8 @@ class TrainingControl:
         timesteps = torch.tensor(forward.timesteps, device=forward.device)
         features = control_features(self.module, self.family, self.images.to(forward.device, forward.dtype), timesteps,
                                     halved(forward.size, self.place.halvings))
-        return features[None], features.new_full((1, 1, 1, 1, 1), self.gain)
+        gain, _ = self.family.gains(getattr(self.module, "scale", self.scale))
+        return features[None], features.new_ones(1, 1, 1, 1, 1) * gain
 
 
 def trainable_clone(model, control: TrainingControl, differences: dict[Target, torch.nn.Parameter], dtype: torch.dtype,
@@ -172,8 +178,7 @@ class Run:
         generator = self.training.generator
         rows = draw_rows(self.buckets, self.batch_size, generator)
         latents = self.base_model.process_latent_in(self.samples.batch_latents(rows).to(self.device))
-        drawn = draw_levels(len(rows), len(self.sampling.sigmas), self.prediction, generator)
-        sigma = self.sampling.sigmas.cpu()[drawn].to(self.device)
+        sigma = self._draw_sigmas(len(rows), generator).repeat_interleave(len(latents) // len(rows)).to(self.device)
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
         dropped = drop_captions(len(rows), self.caption_dropout, generator)
         self.control.images = self._images(rows, generator)
@@ -187,8 +192,18 @@ class Run:
             loss = torch.lerp(loss, from_teacher, self.teacher.share)
         return loss.mean()
 
+    def _draw_sigmas(self, rows: int, generator: torch.Generator) -> torch.Tensor:
+        """The noise level of each sample of a batch, (rows,)."""
+        sigmas, base = self.sampling.sigmas.cpu(), self.control.family.base
+        if base in LOG_SIGMAS:
+            return draw_sigmas(rows, *LOG_SIGMAS[base], (float(sigmas[0]), float(sigmas[-1])), generator)
+        return sigmas[draw_levels(rows, len(sigmas), self.prediction, generator)]
+
     def preview(self) -> tuple | None:
-        """A picture sampled under the first sample's caption and control, as ComfyUI's progress bar takes it."""
+        """A picture sampled under the first sample's caption and control, as ComfyUI's progress bar takes it.
+
+        Of a video it is the first frame.
+        """
         if self.previewer is None:
             return None
         sigmas = comfy.samplers.calculate_sigmas(self.sampling, "simple", PREVIEW_STEPS).to(self.device)
@@ -201,7 +216,7 @@ class Run:
         return self.previewer.decode_latent_to_preview_image("JPEG", x0)
 
     def _images(self, rows: list[int], generator: torch.Generator) -> torch.Tensor:
-        """The control images of a batch, (B, 3, H, W)."""
+        """The control images of a batch, (B, 3, H, W), B its pictures or all frames of its videos."""
         images = self.samples.batch_images(rows)
         if not self.super_resolution:
             return images
