@@ -63,8 +63,9 @@ class ControlNeXtTrain(io.ComfyNode):
                                                    "Encode. For SVD, videos: each one whole, its frames from VAE "
                                                    "Encode."),
                 io.Conditioning.Input("conditioning", tooltip="The captions, from the same node as the latents: one "
-                                                              "for each picture, or one for all. For SVD, the "
-                                                              "positive of SVD_img2vid_Conditioning for each video."),
+                                                              "for each picture or each LATENT, or one for all. For "
+                                                              "SVD, the positive of SVD_img2vid_Conditioning for each "
+                                                              "video."),
                 io.Image.Input("images", tooltip="The control images: one for each picture, or each frame of a video, "
                                                  "in the same order and of the same size."),
                 io.Int.Input("steps", default=1000, min=1, max=1000000,

@@ -18,7 +18,7 @@ class Samples:
 
     Args:
         latents: LATENTs of any batch sizes.
-        conditioning: CONDITIONINGs with one entry per sample in all, or one entry for all.
+        conditioning: CONDITIONINGs with one entry per sample in all, per LATENT, or one entry for all.
         images: control images, one for each picture or frame, each as large as that.
         empty: CONDITIONING of an empty prompt, for dropped captions, or None.
         ratio: pixels of a picture that one latent pixel stands for.
@@ -38,6 +38,8 @@ class Samples:
         self.latents = batches if videos else [one for batch in batches for one in batch.split(1)]
         self.images = images if videos else [one for batch in images for one in batch.split(1)]
         self.captions = [entry for entries in conditioning for entry in entries]
+        if not videos and len(self.captions) == len(batches):
+            self.captions = [entry for entry, batch in zip(self.captions, batches, strict=True) for _ in batch]
         self.empty = empty
         self.ratio = ratio
         count = len(self.latents)
@@ -48,7 +50,7 @@ class Samples:
                              "the same order.")
         if len(self.captions) not in (1, count):
             raise ValueError(f"conditioning: there are {len(self.captions)} captions for {count} latents; connect one "
-                             f"for each {'video' if videos else 'picture'}, or one for all.")
+                             f"for each {'video' if videos else 'picture or LATENT'}, or one for all.")
         order = [row for bucket in self.buckets() for row in bucket]
         self.captions = [self.captions[row % len(self.captions)] for row in order]
         self.images = [self.images[row] for bucket in _alike([self._latent_size(one) for one in self.images])

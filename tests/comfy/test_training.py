@@ -134,6 +134,7 @@ def test_rows_of_a_batch_belong_together_also_after_resolution_bucket(pack, run,
     conds = [cond(unet, context=torch.full((1, 2, 768), float(index))) for index in range(5)]
     bucketed = run("ResolutionBucket", latents=latents, conditioning=conds)
     empty = cond(unet, context=torch.full((1, 77, 768), -1.0))
+    assert len(bucketed[0]) == 3
     for some_latents, some_conds in ((latents, conds), bucketed):
         samples = pack("nodes.training_data").Samples(some_latents, some_conds, images, empty, 8)
         assert sorted(len(rows) for rows in samples.buckets()) == [1, 2, 2]
@@ -144,6 +145,14 @@ def test_rows_of_a_batch_belong_together_also_after_resolution_bucket(pack, run,
             assert pixels.shape[-2:] == (8 * latent.shape[-2], 8 * latent.shape[-1])
             assert latent[:, 0, 0, 0].tolist() == pixels[:, 0, 0, 0].tolist()
             assert context[:, 0, 0].tolist() == [-1.0] + latent[1:, 0, 0, 0].tolist()
+
+
+def test_a_caption_may_be_that_of_all_pictures_of_a_latent(pack, unet):
+    latents = [{"samples": torch.full((count, 4, 8, 8), float(index))} for index, count in enumerate((1, 3))]
+    conds = [cond(unet, context=torch.full((1, 2, 768), float(index))) for index in range(2)]
+    samples = pack("nodes.training_data").Samples(latents, conds, [torch.zeros(4, 64, 64, 3)], None, 8)
+    context = samples.batch_conds(unet.model, [0, 1, 2, 3], [False] * 4, "cpu")["c_crossattn"]
+    assert context[:, 0, 0].tolist() == samples.batch_latents([0, 1, 2, 3])[:, 0, 0, 0].tolist() == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_an_interrupted_training_is_kept_and_resumed_as_if_it_had_never_stopped(train, unet, caplog):
