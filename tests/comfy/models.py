@@ -135,6 +135,13 @@ def small_sd3(dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patc
     return patcher
 
 
+def two_block_sd3(**changes) -> comfy.model_patcher.ModelPatcher:
+    """An SD3 as wide as the released ones of 2B, 1536, with its first and its last block alone."""
+    patcher = sd3_model(depth=24, **changes)
+    del patcher.model.diffusion_model.joint_blocks[1:-1]
+    return _filled_sd3(patcher, 0)
+
+
 def transformer_model(base: str, dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatcher:
     """A MODEL of ComfyUI's class for ``base`` with three blocks, its weights not filled."""
     if base == "sd3":

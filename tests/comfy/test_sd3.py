@@ -3,7 +3,7 @@
 import pytest
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from models import SD35_MEDIUM, small_sd3
+from models import SD35_MEDIUM, small_sd3, two_block_sd3
 from sampling import picture, relative
 from tokens import by_hand, drawn, entering, new_controlnext
 
@@ -18,12 +18,16 @@ def controlnext(pack):
     return new_controlnext(pack, "sd3")
 
 
-def test_control_enters_sd3_5_medium_as_by_hand(control, controlnext):
-    model = small_sd3(**SD35_MEDIUM)
-    with by_hand("sd3", model, controlnext, {1: [(picture(), 0.8)]}):
-        expected = drawn("sd3", model)
-    controlled = control(model, controlnext, picture(), strength=0.8, inject_at="block_0")
-    assert relative(drawn("sd3", *controlled), expected) <= 5e-5
+@pytest.mark.parametrize("config", [{}, {**SD35_MEDIUM, "x_block_self_attn_layers": [0]}], ids=["SD3", "SD3.5 medium"])
+def test_control_is_added_as_by_hand_at_the_width_of_the_released_models(pack, control, config):
+    model, controlnext = two_block_sd3(**config), new_controlnext(pack, "sd3", width=1536)
+    without = drawn("sd3", model)
+    for place, block in (("tokens", 0), ("block_0", 1)):
+        with by_hand("sd3", model, controlnext, {block: [(picture(), 0.8)]}):
+            expected = drawn("sd3", model)
+        controlled = control(model, controlnext, picture(), strength=0.8, inject_at=place)
+        assert relative(drawn("sd3", *controlled), expected) <= 5e-5
+        assert relative(without, expected) > 1e-2
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

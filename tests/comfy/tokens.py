@@ -63,9 +63,9 @@ BASES = {
 }
 
 
-def new_controlnext(pack, base: str):
-    """A CONTROLNEXT for the small model of a base."""
-    module = new_module(FAMILIES[base], seed=1, out=BASES[base].width, **NARROW)
+def new_controlnext(pack, base: str, width: int | None = None):
+    """A CONTROLNEXT for the small model of a base, or one of another width."""
+    module = new_module(FAMILIES[base], seed=1, out=width or BASES[base].width, **NARROW)
     return pack("nodes.model").trained_controlnext(module.state_dict(), "auto", "small.safetensors", {})
 
 
