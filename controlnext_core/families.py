@@ -87,8 +87,9 @@ FAMILIES = {
                gain=_fifth, zero_negative_scale=True, window_reference=True),
         Family("svd_mid", "svd", "video_mid", "before_middle", pool_first=False, eps=1e-5,
                gain=_sigmoid, zero_negative_scale=True, stem_padding=0, stem_pool=True),
-        # never released: of this project. Pooled first, their deviation is that of the tokens whatever the image
-        *(Family(base, base, "light", "tokens", pool_first=True, eps=1e-12)
+        # never released: of this project. Pooled before they are normalized, their deviation is that of the tokens;
+        # pooled behind the stem, too, they are as fine as the tokens and cost a quarter
+        *(Family(base, base, "light", "tokens", pool_first=True, eps=1e-12, stem_pool=True)
           for base in ("sd3", "flux", "chroma", "qwen_image", "flux2", "z_image", "wan")),
     )
 }

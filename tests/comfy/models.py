@@ -59,17 +59,17 @@ TRANSFORMERS = {  # with real heads
 NARROW = dict(time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)  # of a module that is quick
 
 
-def unet_model(base: str, dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatcher:
+def unet_model(base: str, dtype=torch.float32, device=None, **changes) -> comfy.model_patcher.ModelPatcher:
     """A MODEL of ComfyUI's class for ``base``, its weights not filled."""
     model_class, config = UNETS[base]
     config = {"image_size": 32, "model_channels": 320, "use_spatial_transformer": True, "dtype": dtype, "legacy": False,
               **config, **changes}
-    return _patcher(model_class(config), dtype)
+    return _patcher(model_class(config), dtype, device)
 
 
-def _patcher(model_config, dtype) -> comfy.model_patcher.ModelPatcher:
+def _patcher(model_config, dtype, device) -> comfy.model_patcher.ModelPatcher:
     model_config.set_inference_dtype(dtype, None)
-    model = model_config.get_model({})
+    model = model_config.get_model({}, device=device)
     return comfy.model_patcher.CoreModelPatcher(model, comfy.model_management.get_torch_device(),
                                                 comfy.model_management.unet_offload_device())
 
@@ -116,7 +116,7 @@ def _filled(patcher, seed: int) -> comfy.model_patcher.ModelPatcher:
     return patcher
 
 
-def sd3_model(dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatcher:
+def sd3_model(dtype=torch.float32, device=None, **changes) -> comfy.model_patcher.ModelPatcher:
     """A MODEL of ComfyUI's class for SD3 with three blocks, 64 times as many wide, its weights not filled."""
     config = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 3, "input_size": None,
               "adm_in_channels": 2048, "num_patches": 16 ** 2, "pos_embed_max_size": 16,
@@ -124,13 +124,16 @@ def sd3_model(dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatche
     width = 64 * config["depth"]
     config["context_embedder_config"] = {"target": "torch.nn.Linear",
                                          "params": {"in_features": 4096, "out_features": width}}
-    return _patcher(comfy.supported_models.SD3(config), dtype)
+    return _patcher(comfy.supported_models.SD3(config), dtype, device)
 
 
 def small_sd3(dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patcher.ModelPatcher:
     """The same with seeded random weights; ``SD35_MEDIUM`` as changes for the second attention of its blocks."""
-    patcher = _filled(sd3_model(dtype, **changes), seed)
-    transformer = patcher.model.diffusion_model
+    return _filled_sd3(sd3_model(dtype, **changes), seed)
+
+
+def _filled_sd3(patcher, seed: int) -> comfy.model_patcher.ModelPatcher:
+    transformer = _filled(patcher, seed).model.diffusion_model
     transformer.pos_embed.copy_(torch.randn(transformer.pos_embed.shape, generator=torch.Generator().manual_seed(seed)))
     return patcher
 
@@ -142,12 +145,12 @@ def two_block_sd3(**changes) -> comfy.model_patcher.ModelPatcher:
     return _filled_sd3(patcher, 0)
 
 
-def transformer_model(base: str, dtype=torch.float32, **changes) -> comfy.model_patcher.ModelPatcher:
+def transformer_model(base: str, dtype=torch.float32, device=None, **changes) -> comfy.model_patcher.ModelPatcher:
     """A MODEL of ComfyUI's class for ``base`` with three blocks, its weights not filled."""
     if base == "sd3":
-        return sd3_model(dtype, **changes)
+        return sd3_model(dtype, device, **changes)
     model_class, config = TRANSFORMERS[base]
-    return _patcher(model_class({**config, "dtype": dtype, **changes}), dtype)
+    return _patcher(model_class({**config, "dtype": dtype, **changes}), dtype, device)
 
 
 def small_transformer(base: str, dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patcher.ModelPatcher:

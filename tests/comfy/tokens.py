@@ -82,7 +82,7 @@ def module_features(controlnext, image, timestep, grid, frames) -> torch.Tensor:
     for frame in frames:
         shown = [0] if frame == 0 else range(4 * frame - 3, 4 * frame + 1)
         features = controlnext.patcher.model(image[[index % len(image) for index in shown]].movedim(-1, 1), timestep, 1,
-                                             False)
+                                             True)
         features = F.adaptive_avg_pool2d(features, grid).mean(0, keepdim=True)
         normal = (features - features.mean((1, 2, 3), keepdim=True)) / features.std((1, 2, 3), keepdim=True)
         tokens.append(normal.flatten(2).transpose(1, 2))
