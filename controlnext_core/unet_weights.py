@@ -38,6 +38,7 @@ SAME_SIZE = (0.5, 2.0)
 SAMPLED_TENSORS = 16
 # a ControlNet is half a UNet and names that half alike, and a ControlNeXt model has a time embedding too
 NAMED_ALIKE = ("a full ControlNet", "a ControlNeXt model")
+QUANTISED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")  # what goes with quantised weights
 TINY = 1e-12
 
 
@@ -98,12 +99,15 @@ def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWei
         shapes: {key: shape} of the model's UNet in LDM names, without prefix.
 
     Raises:
-        ValueError: nothing matches (says what the file is), another base's UNet, integer or non-finite weights, a
-            tensor of another shape (named).
+        ValueError: nothing matches (says what the file is), another base's UNet, quantised, integer or non-finite
+            weights, a tensor of another shape (named).
     """
     state_dict = strip_prefixes({key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)})
     if not state_dict:
         raise ValueError(f"{name} holds no tensors; download it again or choose another file.")
+    if any(key.endswith(QUANTISED) for key in state_dict):
+        raise ValueError(f"{name} is quantised (its weights go with scales), but what is added to a MODEL has to be "
+                         f"plain numbers; take the same weights in fp16.")
     targets = targets_of(shapes)
     tensors, left_out, parts = {}, [], defaultdict(dict)
     for key, value in state_dict.items():

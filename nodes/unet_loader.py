@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
+from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io
 
 from ..controlnext_core.training import MODE_KEY
@@ -17,6 +18,8 @@ from .preview import show_text
 FOLDERS = ("controlnext", "controlnet", "diffusion_models")
 PREFIX = "diffusion_model."
 NAMED_KEYS = 5
+ROUNDED = (" The connected MODEL is kept in 8 bits, and ComfyUI rounds to them what is added, which changes control by "
+           "some percent; connect the same model in fp16 or GGUF to have it exact.")
 
 
 class ControlNeXtUNetLoader(io.ComfyNode):
@@ -57,6 +60,8 @@ class ControlNeXtUNetLoader(io.ComfyNode):
         mode, why = choose_mode(mode, unet_name, weights, base)
         how = "added as differences" if mode == "difference" else "put in place of the MODEL's"
         text = f"{unet_name}: {len(weights.tensors)} tensors {how} at strength {strength:g} ({why}).{remarks(weights)}"
+        if base.rounded:
+            text += ROUNDED
         return io.NodeOutput(add_unet_weights(model, weights, mode, strength), ui=show_text(cls, text))
 
 
@@ -64,6 +69,9 @@ class BaseWeights:
     """The UNet weights of a MODEL (a ModelPatcher) with merges and replacements, without LoRAs and differences.
 
     Quantised ones (8-bit floats, scaled ones, GGUF) have the shape and the values that the MODEL computes with.
+
+    Attributes:
+        rounded: what is added to them ends in 8 bits again, as ComfyUI keeps them.
 
     Raises:
         ValueError: they are packed in a form that only the MODEL's own layers read.
@@ -82,6 +90,8 @@ class BaseWeights:
                 raise ValueError(f"model: the weights of the connected MODEL are packed as "
                                  f"{str(weight.dtype).removeprefix('torch.')} in layers of {layer.__qualname__}, which "
                                  "ComfyUI can neither read nor add to; connect the same model in fp16, fp8 or GGUF.")
+        self.rounded = any(isinstance(weight, QuantizedTensor) or weight.is_floating_point() and weight.itemsize == 1
+                           for weight in parameters.values())
 
     def __call__(self, key: str) -> torch.Tensor:
         """One weight in float32, by its name without ``diffusion_model.``."""

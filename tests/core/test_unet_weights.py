@@ -113,6 +113,12 @@ def test_integer_and_non_finite_weights_are_errors_that_name_the_tensor(bad, fou
         read(tensors_of(DIFFUSERS) | {"conv_out.weight": bad}, "x.bin", SHAPES)
 
 
+@pytest.mark.parametrize("scale", ["scaled_fp8", "out.0.scale_weight", "out.0.comfy_quant"])
+def test_quantised_weights_are_an_error(scale):
+    with pytest.raises(ValueError, match="x.bin is quantised .* take the same weights in fp16"):
+        read({"out.0.weight": torch.zeros(2), scale: torch.ones(1)}, "x.bin", {"out.0.weight": (2,)})
+
+
 def test_a_file_without_tensors_is_an_error():
     with pytest.raises(ValueError, match="x.bin holds no tensors"):
         read({"step": 1000}, "x.bin", SHAPES)
