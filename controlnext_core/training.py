@@ -28,8 +28,12 @@ WIDTHS = {
                       width_3=256, out=1280),
 }
 # the UNet weights that the reference trains along, as patterns of diffusers names, by base
-# of SD3, which it has not, the same as of SD1.5: where the attention of the picture's stream ends, 2 tensors each
-UNET_PATTERNS = {"sd15": "to_out", "sdxl": r"attn2.*to_out", "svd": "to_out|to_v", "sd3": "to_out"}
+# of transformers, which it has not, the same as of SD1.5: where the attention of the picture's stream ends
+# of large ones in the first ten blocks alone: of Flux.1 94 million numbers, whose training takes 1.5 GB
+_FIRST_BLOCKS = r"^transformer_blocks\.\d\.attn\.to_out"
+UNET_PATTERNS = {"sd15": "to_out", "sdxl": r"attn2.*to_out", "svd": "to_out|to_v", "sd3": "to_out",
+                 **dict.fromkeys(("flux", "flux2", "chroma", "qwen_image"), _FIRST_BLOCKS),
+                 "z_image": r"^layers\.\d\.attention\.to_out", "wan": r"^blocks\.\d\.attn1\.to_out"}
 # a model predicts (x - x0 * a) / b of its noisy x; an error of the estimated x0 counts 1 / b^2, as the reference has it
 LOSS_WEIGHTS = {
     "epsilon": lambda sigma: sigma ** -2,

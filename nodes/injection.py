@@ -50,7 +50,8 @@ class Injection:
         ready = _ready(args["transformer_options"], self.place)
         if not ready or args["block_index"] != self.place.block[1]:
             return {}
-        return {"img": add_to_tokens(args["img"], ready, self.place.fill)}
+        img = args["img"].clone() if args["img"].requires_grad else args["img"]  # ComfyUI writes over it
+        return {"img": add_to_tokens(img, ready, self.place.fill)}
 
     def to(self, device_or_dtype):
         return self  # features are made where and as the UNet needs them, at each forward

@@ -14,7 +14,7 @@ from comfy_api.latest import io
 from tqdm.auto import tqdm
 
 from ..controlnext_core import checkpoint
-from ..controlnext_core.families import BASE_NAMES, either, listed, resolve
+from ..controlnext_core.families import either, resolve
 from ..controlnext_core.training import (
     NEW_VARIANTS,
     SCALED_LAYOUTS,
@@ -40,7 +40,6 @@ from .unet_loader import BaseWeights, add_unet_weights
 FOLDER = "controlnext_training"  # in the output folder
 NONE = "none"
 WITH_UNET = "module and UNet weights"
-TRAINED_BASES = ("sd15", "sdxl", "svd", "sd3")
 VIDEO_BASES = ("svd",)  # whose LATENT is a video, a frame a row
 TEXTS, MEAN_OF = 1000, 50  # texts in a training; losses in the mean that they tell
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,7 +57,8 @@ class ControlNeXtTrain(io.ComfyNode):
             search_aliases=["controlnext", "train controlnet", "train control", "training"],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The SD1.5, SDXL, SVD or SD3 MODEL to train for; it is not changed."),
+                io.Model.Input("model", tooltip="The MODEL to train for, of any base that ControlNeXt steers; it is "
+                                                "not changed."),
                 io.Latent.Input("latents", tooltip="The pictures, from Make Training Dataset, Resolution Bucket or VAE "
                                                    "Encode. For SVD, videos: each one whole, its frames from VAE "
                                                    "Encode."),
@@ -112,7 +112,8 @@ class ControlNeXtTrain(io.ComfyNode):
                 io.String.Input("unet_pattern", default="", optional=True, advanced=True,
                                 tooltip="Which UNet weights to train: a regular expression found in their diffusers "
                                         "names. Empty is the reference's: to_out, on SDXL attn2.*to_out, on SVD "
-                                        "to_out and to_v, and to_out on SD3."),
+                                        "to_out and to_v, to_out on SD3, and that of the first ten blocks on other "
+                                        "transformers."),
                 io.Float.Input("min_snr_gamma", default=0.0, min=0.0, max=1000.0, step=0.01, round=False, optional=True,
                                advanced=True,
                                tooltip="Min-SNR weighting: samples of little noise count no more than this. 5 is "
@@ -284,9 +285,6 @@ def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "
         ValueError: a MODEL that cannot be trained on, or a CONTROLNEXT for another one.
     """
     base = base_of_model(model.model)
-    if base not in TRAINED_BASES:
-        raise ValueError(f"model: training is for {listed(TRAINED_BASES)}, but the connected MODEL is "
-                         f"{BASE_NAMES[base]}; connect one of these.")
     family = (family_of(model.model, controlnext) if controlnext
               else resolve("light", NEW_VARIANTS.get(base, "auto"), base))
     places = places_of(model.model.diffusion_model)

@@ -31,10 +31,10 @@ class Samples:
     def __init__(self, latents: list[dict], conditioning: list, images: list[torch.Tensor], empty: list | None,
                  ratio: int, videos: bool = False):
         batches = [latent["samples"] for latent in latents]
-        if any(batch.ndim != 4 for batch in batches):
-            raise ValueError("latents: latents of pictures are needed, with 4 dimensions, but these have "
-                             f"{next(batch.ndim for batch in batches if batch.ndim != 4)}; connect Make Training "
-                             "Dataset or VAE Encode.")
+        for batch in batches:
+            if batch.ndim != 4 and (batch.ndim != 5 or batch.shape[2] != 1):  # some VAEs see a picture as a short video
+                raise ValueError("latents: latents of pictures are needed, with 4 dimensions or one frame, but these "
+                                 f"are {list(batch.shape)}; connect Make Training Dataset or VAE Encode.")
         self.latents = batches if videos else [one for batch in batches for one in batch.split(1)]
         self.images = images if videos else [one for batch in images for one in batch.split(1)]
         self.captions = [entry for entries in conditioning for entry in entries]

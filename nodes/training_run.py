@@ -9,9 +9,14 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
+from comfy.ldm.lumina.model import JointTransformerBlock
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ldm.qwen_image.model import QwenImageTransformerBlock
+from comfy.ldm.wan.model import WanAttentionBlock
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..controlnext_core.degradation import degraded
@@ -35,6 +40,8 @@ from .teacher import Teacher
 from .training_data import Samples
 
 PREFIX = "diffusion_model."
+BLOCKS = (ResBlock, SpatialTransformer, JointBlock, DoubleStreamBlock, SingleStreamBlock, QwenImageTransformerBlock,
+          JointTransformerBlock, WanAttentionBlock)
 PREVIEW_STEPS = 12
 PREDICTIONS = ((comfy.model_sampling.CONST, "flow"), (comfy.model_sampling.V_PREDICTION, "v"),
                (comfy.model_sampling.EPS, "epsilon"))
@@ -87,10 +94,10 @@ def trainable_clone(model, control: TrainingControl, differences: dict[Target, t
                 clone.add_object_patch(key, torch.nn.Parameter(weight.clone(), requires_grad=False))
     for target, difference in differences.items():
         clone.add_weight_wrapper(PREFIX + target.key, _adder(control, target, difference))
-    if checkpointing:
-        for name, layer in clone.model.named_modules():
-            if isinstance(layer, ResBlock | SpatialTransformer | JointBlock):
-                clone.add_object_patch(f"{name}.forward", _checkpointed(layer.forward))
+    for name, layer in clone.model.named_modules():
+        if isinstance(layer, BLOCKS):
+            forward = _out_of_place(layer.forward)
+            clone.add_object_patch(f"{name}.forward", _checkpointed(forward) if checkpointing else forward)
     return clone
 
 
@@ -100,6 +107,22 @@ def _adder(control: TrainingControl, target: Target, difference: torch.nn.Parame
             return weight
         return (weight.float() + target.spread(difference, len(weight))).to(weight.dtype)
     return add
+
+
+class OutOfPlace(TorchFunctionMode):
+    """In it ``a += b`` makes another tensor: Flux's blocks add to what their norms need again for gradients."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.add_:  # PyTorch's name for it
+            return torch.Tensor.add(*args, **(kwargs or {})).to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def _out_of_place(forward):
+    def run(*args, **kwargs):
+        with OutOfPlace():
+            return forward(*args, **kwargs)
+    return run
 
 
 def _checkpointed(forward):
