@@ -2,12 +2,14 @@
 
     python benchmarks/flops.py
 
-No memory, no weights and no GPU needed; steps.py counts the same in real samplings. A step has both guidance halves.
+No memory, no weights and no GPU needed; steps.py counts the same in real samplings. A step has both guidance halves, or one
+for bases that are distilled.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, field
 
 import world
 
@@ -94,6 +96,49 @@ def sd3_step(name: str) -> Step:
     return step
 
 
+@dataclass(frozen=True)
+class Released:
+    """A transformer at the size that was released.
+
+    Attributes:
+        base: whose row the tests' models have, and ``changes`` to it.
+        halves: guidance halves in a step.
+        text: text tokens.
+        net: of the control network that ComfyUI runs for it, that was released with it: numbers of its blocks.
+    """
+
+    name: str
+    base: str
+    halves: int
+    text: int
+    changes: dict
+    net: dict
+    width: int = 1024
+    height: int = 1024
+    images: int = 1
+    inputs: dict = field(default_factory=dict)
+
+
+def _wan(name: str, blocks: int, width: int, feed_forward: int, vace_layers: int) -> Released:
+    return Released(name, "wan", 2, 512, dict(dim=width, num_heads=width // 128, num_layers=blocks, freq_dim=256,
+                                              ffn_dim=feed_forward, text_dim=4096),
+                    dict(vace_layers=vace_layers, vace_in_dim=96), 832, 480, 81)
+
+
+TRANSFORMERS = (
+    Released("Flux.1 dev", "flux", 1, 512, dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38,
+                                                mlp_ratio=4.0, vec_in_dim=768, context_in_dim=4096),
+             dict(depth=5, depth_single_blocks=10), inputs=dict(y=(768,), guidance=())),
+    Released("Qwen-Image", "qwen_image", 2, 256, dict(num_layers=60, num_attention_heads=24, joint_attention_dim=3584),
+             dict(num_layers=5)),
+    Released("Z-Image Turbo", "z_image", 1, 256, dict(dim=3840, n_heads=30, n_kv_heads=30, n_layers=30, multiple_of=256,
+                                                      ffn_dim_multiplier=8 / 3, cap_feat_dim=2560),
+             dict(n_control_layers=6)),
+    _wan("Wan 2.1 1.3B", 30, 1536, 8960, 15),
+    _wan("Wan 2.1 14B", 40, 5120, 13824, 8),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20, help="of the first run, over which its image part is spread")
@@ -138,7 +183,87 @@ def main() -> None:
                  rows, {"steps": steps, "flops": data})
     print(world.table(["base", "kept a step, float16", f"copied at {BUS / 1e9:.0f} GB/s",
                        f"of a step at {PACE / 1e12:.0f} TFLOP/s"], copies))
+    transformers(count, steps)
     print("A video's image parts are not kept in its first run, for they would need too much memory.")
+
+
+def transformers(count, steps: int) -> None:
+    """The same for transformers, beside the control networks that ComfyUI has for them."""
+    import comfy.model_management
+    import models
+    import sampling
+    import torch
+
+    from controlnext_core.families import FAMILIES
+    from controlnext_core.training import new_module
+
+    comfy.model_management.in_training = True  # ComfyUI's own kernels take no tensors without data
+    rows, data = [], {}
+    for one in TRANSFORMERS:
+        with torch.device("meta"):
+            model = models.transformer_model(one.base, torch.bfloat16, **one.changes).model
+            denoiser, config = model.diffusion_model, model.model_config.unet_config
+            frames = (one.images - 1) // 4 + 1
+            shape = (16, *((frames,) if model.latent_format.latent_dimensions == 3 else ()), one.height // 8,
+                     one.width // 8)
+            latent = torch.empty(1, *shape, dtype=torch.bfloat16)
+            context = torch.empty(1, one.text, next(config[name] for name in sampling.CONTEXT_WIDTHS if name in config),
+                                  dtype=torch.bfloat16)
+            inputs = {name: torch.empty(1, *size, dtype=torch.bfloat16) for name, size in one.inputs.items()}
+            if one.base == "z_image":
+                inputs["num_tokens"] = one.text
+            half, _ = count(denoiser, latent, torch.empty(1), context=context, transformer_options={}, **inputs)
+            net = _control_network(one, config, denoiser, latent, context, inputs, count, half)
+            tokens = torch.Size((one.height // 16, one.width // 16))
+            width = next(getattr(denoiser, name) for name in ("hidden_size", "inner_dim", "dim")
+                         if hasattr(denoiser, name))
+            family = FAMILIES[one.base]
+            module = new_module(family, out=width).to(torch.bfloat16)
+            image = torch.empty(1, 3, one.height, one.width, dtype=torch.bfloat16)
+            image_part, part = count(module.image_part, image, family.stem_padding, family.stem_pool)
+            timestep_part, _ = count(module.timestep_part, part, torch.empty(1), tokens)
+        first = one.images * (timestep_part + (image_part if one.images > 1 else image_part / steps))
+        step = one.halves * half
+        what = f"{one.name}, {one.width}x{one.height}" + (f", {one.images} frames" if one.images > 1 else "")
+        kept = frames * width * tokens.numel() * 2
+        rows.append([what, f"{step / 1e12:.1f} T", f"{one.halves * net / step:.1%}", f"{first / step:.2%}", "0 %",
+                     f"{kept / 2 ** 20:.0f} MB"])
+        data[one.name] = {"transformer": step, "network": one.halves * net, "first": first, "kept_bytes": kept}
+    world.report("flops_transformers", f"FLOPs that control adds to a step of a transformer, first run of {steps} steps",
+                 ["base", "transformer", "ComfyUI's own", "ControlNeXt, first run", "second run", "kept a step"], rows,
+                 {"steps": steps, "flops": data})
+
+
+def _control_network(one: Released, config: dict, denoiser, latent, context, inputs: dict, count, half: int) -> int:
+    """FLOPs of a forward of the control network that ComfyUI has for a base."""
+    import comfy.ldm.flux.controlnet
+    import comfy.ldm.lumina.controlnet
+    import comfy.ldm.qwen_image.controlnet
+    import comfy.ldm.wan.model
+    import comfy.ops
+    import torch
+
+    bf16 = dict(dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
+    given = {key: value for key, value in {**config, **one.net}.items() if key not in ("dtype", "model_type")}
+    timestep = torch.empty(1)
+    if one.base == "flux":
+        net = comfy.ldm.flux.controlnet.ControlNetFlux(latent_input=True, **given, **bf16)
+        return count(net, latent, timestep.bfloat16(), context, hint=latent, **inputs)[0]
+    if one.base == "qwen_image":
+        net = comfy.ldm.qwen_image.controlnet.QwenImageControlNetModel(**given, **bf16)
+        return count(net, latent, timestep, context, hint=latent)[0]
+    if one.base == "wan":
+        net = comfy.ldm.wan.model.VaceWanModel(**given, **bf16)
+        hint = torch.empty(1, 1, one.net["vace_in_dim"], *latent.shape[2:], dtype=torch.bfloat16)
+        return count(net, latent, timestep, context, vace_context=hint, vace_strength=[1.0])[0] - half
+    net = comfy.ldm.lumina.controlnet.ZImage_Control(**one.net, **bf16)
+    tokens = torch.empty(1, latent.shape[-2] * latent.shape[-1] // 4, config["dim"], dtype=torch.bfloat16)
+    rope = torch.empty(1, tokens.shape[1], 1, 64, 2, 2)
+    time = torch.empty(1, 256, dtype=torch.bfloat16)
+    flops, hidden = count(net, context, latent, rope, time)
+    for layer in net.control_layers:
+        flops += count(layer, hidden, tokens, x_mask=None, freqs_cis=rope, adaln_input=time)[0]
+    return flops
 
 
 if __name__ == "__main__":
