@@ -2,8 +2,8 @@
 
     python benchmarks/flops.py
 
-No memory, no weights and no GPU needed; steps.py counts the same in real samplings. A step has both guidance halves, or one
-for bases that are distilled.
+No memory, no weights and no GPU needed; steps.py counts the same in real samplings. A step has both guidance halves,
+or one for bases that are distilled.
 """
 
 from __future__ import annotations
@@ -151,9 +151,9 @@ def main() -> None:
     from controlnext_core.layouts import solve_widths
     from controlnext_core.module import ControlNeXtModule
 
-    def count(function, *args) -> tuple[int, object]:
+    def count(function, *args, **kwargs) -> tuple[int, object]:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            result = function(*args)
+            result = function(*args, **kwargs)
         return counter.get_total_flops(), result
 
     shapes = world.stand_in.controlnext_shapes()
@@ -229,7 +229,7 @@ def transformers(count, steps: int) -> None:
         rows.append([what, f"{step / 1e12:.1f} T", f"{one.halves * net / step:.1%}", f"{first / step:.2%}", "0 %",
                      f"{kept / 2 ** 20:.0f} MB"])
         data[one.name] = {"transformer": step, "network": one.halves * net, "first": first, "kept_bytes": kept}
-    world.report("flops_transformers", f"FLOPs that control adds to a step of a transformer, first run of {steps} steps",
+    world.report("flops_transformers", f"FLOPs added to a step of a transformer, first run of {steps} steps",
                  ["base", "transformer", "ComfyUI's own", "ControlNeXt, first run", "second run", "kept a step"], rows,
                  {"steps": steps, "flops": data})
 
