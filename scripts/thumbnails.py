@@ -6,8 +6,9 @@ Each workflow is opened in ComfyUI's frontend (Chromium on PATH) and runs as it 
 files are the small model's, with its place of control; the picture is a drawing with its own size and prompt; and the
 drawing's silhouette stands for what needs models that cannot be had here (background removal, depth). Training is on
 the drawings that the small model was trained on, which npm fetches, with SETTINGS. There is no small model for poses:
-those workflows show poses and no result. A workflow with a node of another pack needs that pack in base/custom_nodes in
-the cache folder; without it its thumbnail stays as it is.
+those workflows show poses and no result; nor a ControlNet that it could learn from: that one shows its graph. A
+workflow with a node of another pack needs that pack in base/custom_nodes in the cache folder; without it its thumbnail
+stays as it is.
 """
 
 from __future__ import annotations

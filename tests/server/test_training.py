@@ -8,6 +8,7 @@ import comfy_client
 import demo
 import numpy as np
 import pytest
+import stand_in
 import thumbnails
 from PIL import Image
 from training_graph import graph
@@ -55,3 +56,22 @@ def test_the_training_workflow_trains_saves_and_draws_with_and_without_control(u
     assert (controlled != free).mean() > 0.01
     both = np.array(Image.open(demo.image_path(base, shown["SaveImage"])))
     assert (both == np.concatenate([controlled, free], axis=1)).all()
+
+
+def test_the_distilling_workflow_learns_from_the_base_s_own_pictures_saves_and_draws(url, base):
+    """From the file to the pictures, as small as can be; a ControlNeXt stands for the ControlNet."""
+    Image.radial_gradient("L").convert("RGB").save(base / "input" / "distil.png")
+    workflow = json.loads((thumbnails.EXAMPLES / "Distil a ControlNet.json").read_text(encoding="utf-8"))
+    prompt = to_prompt(workflow, comfy_client.get_json(f"{url}/object_info"))
+    small = {"ckpt_name": stand_in.CHECKPOINT, "image": "distil.png", "steps": 2, "width": 64, "height": 64,
+             "batch_size": 1, "training_dtype": "fp32", "grad_accumulation_steps": 1, "preview_every": 0}
+    for node in list(prompt.values()):
+        inputs = node["inputs"]
+        inputs |= {name: value for name, value in small.items() if not isinstance(inputs.get(name, []), list)}
+        if node["class_type"] == "ControlNetLoader":
+            prompt["teacher"] = {"class_type": "ControlNeXtLoader",
+                                 "inputs": {"controlnext_name": stand_in.CONTROLNEXT, "variant": "auto"}}
+            node |= {"class_type": "ControlNeXtToControlNet", "inputs": {"controlnext": ["teacher", 0]}}
+    shown = {prompt[node]["class_type"]: output for node, output in comfy_client.run_graph(url, prompt).items()}
+    assert "controlnet.safetensors (52 tensors) and unet.safetensors" in shown["ControlNeXtSave"]["text"][0]
+    assert shown["ImageCompare"]["a_images"] and shown["ImageCompare"]["b_images"] and shown["SaveImage"]["images"]
