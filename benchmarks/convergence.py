@@ -1,11 +1,13 @@
-"""How fast control appears: ControlNeXt, the same module with a zero convolution, and a ControlNet.
+"""How fast control appears: ControlNeXt, with a zero convolution, from a ControlNet as its teacher; and a ControlNet.
 
-    python benchmarks/convergence.py [cross|zero|controlnet ...]
+    python benchmarks/convergence.py [cross|zero|controlnet|distilled ...] [--seeds 0 1 2]
 
 All train on the demonstration's base model, on its drawings, for as many steps: edges to drawing. On the way each draws
 the held-out drawings, and Canny edges of what it drew are compared with its control (demo_model/agreement.py).
 The paper (arXiv 2408.06070) claims that control appears sooner with cross normalization than with a zero convolution.
-Without arguments it trains what is not trained yet, and writes results/convergence.json and .png.
+`distilled` learns what the base predicts under the ControlNet of its seed, which is trained first.
+It trains what is not trained to its end yet, from where it was stopped, and writes results/convergence.json and .png
+of all seeds of which every kind is.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ STEPS, EVERY = 600, 60
 LEARNING_RATE, UNET_LEARNING_RATE = 1e-3, 3e-4
 SNR_LIMIT, DROPPED_CAPTIONS, SWAPPED_CAPTIONS = 1.0, 0.3, 0.3  # of demo_model/denoiser.py's loss
 DRAWINGS, SAMPLING_STEPS, SEED = 32, 10, 1
+SEEDS = (0, 1, 2)
 LABELS = {"cross": "ControlNeXt, cross normalization", "zero": "ControlNeXt, zero convolution",
-          "controlnet": "ControlNet, copied encoder"}
+          "controlnet": "ControlNet, copied encoder", "distilled": "ControlNeXt, taught by the ControlNet"}
 
 
 def new_controlnet(unet):
@@ -40,22 +43,23 @@ def new_controlnet(unet):
     return net
 
 
-def controlled(kind: str, unet):
+def controlled(kind: str, unet, seed: int):
     """A model ``(x, timestep, caption, control image) -> noise`` and AdamW's parameter groups for it."""
+    import torch
     from torch import nn
 
     from controlnext_core.families import FAMILIES
     from controlnext_core.training import add_features, control_features, new_module, select_weights
     from controlnext_core.unet_keys import diffusers_to_ldm
-    from demo_model.control import SETTINGS, WIDTHS
+    from demo_model.control import BASE_SETTINGS, WIDTHS
 
     class WithControlNeXt(nn.Module):
         def __init__(self, zero: bool):
             super().__init__()
             self.unet, self.zero, self.family = unet.requires_grad_(False), zero, FAMILIES["sd15"]
-            self.module = new_module(self.family, zero_convolution=zero, **WIDTHS)
+            self.module = new_module(self.family, seed, zero, **WIDTHS)
             names = diffusers_to_ldm(unet.state_dict())
-            trained = select_weights(names, SETTINGS["unet_pattern"]).values()
+            trained = select_weights(names, BASE_SETTINGS["sd15"]["unet_pattern"]).values()
             self.trained = [unet.get_parameter(key).requires_grad_(True) for key in trained]
 
         def forward(self, x, timestep, caption, image):
@@ -81,6 +85,7 @@ def controlled(kind: str, unet):
             control = self.net(x, image, timestep, caption)
             return self.unet(x, timesteps=timestep, context=caption, control=control)
 
+    torch.manual_seed(seed)
     model = WithControlNet()
     copied = {name for name, _ in unet.named_parameters()}
     groups = [{"params": [value for name, value in model.net.named_parameters() if (name in copied) == copies],
@@ -127,8 +132,10 @@ def draw(model, captions, images, autoencoder, deviation: float):
         return autoencoder.taesd_decoder(latents * deviation).clamp(0, 1)
 
 
-def learn(kind: str, folder) -> dict:
-    """Train one kind; returns its curve of agreement, its parameters and its seconds a step."""
+def learn(kind: str, seed: int, folder) -> dict:
+    """Train one kind, from where it was stopped; returns its curve of agreement, its parameters, its seconds a step."""
+    import json
+
     import torch
 
     from demo_model.agreement import drawn_edges, edge_f1
@@ -138,6 +145,10 @@ def learn(kind: str, folder) -> dict:
     from demo_model.samples import Samples, as_image, control_maps, encode, load_texts, varied_drawings
     from demo_model.world import load_world, to_drawings
 
+    file = folder / f"convergence_{kind}_{seed}.json"
+    result = json.loads(file.read_text()) if file.exists() else {"f1": {}, "seconds": 0.0, "machine": world.machine()}
+    if str(STEPS) in result["f1"]:
+        return result
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unet, autoencoder, deviation = load_base()
     autoencoder = autoencoder.to(device)
@@ -147,39 +158,51 @@ def learn(kind: str, folder) -> dict:
     latents = encode(varied, autoencoder.taesd_encoder)
     captions, _ = load_texts(drawn, folder, BASES["sd15"])
     samples = Samples(latents / latents.std(), captions, control_maps(varied, drawn_edges), drawn)
-    torch.manual_seed(0)
-    model, rates = controlled(kind, unet)
+    model, rates = controlled(kind, unet, seed)
     model.to(device)
     held_out = drawn.held_out[:DRAWINGS]
     controls = [drawn_edges(drawing) for drawing in drawn.drawings[held_out]]
     images = as_image(torch.stack([torch.from_numpy(control) for control in controls])).to(device)
     captions = samples.captions[held_out].float().to(device)
-    curve, spent, since = {}, 0.0, time.monotonic()
+    since = time.monotonic()
 
     def watch(step: int, averaged) -> None:
-        nonlocal spent, since
-        spent += time.monotonic() - since
+        nonlocal since
+        result["seconds"] += time.monotonic() - since
         pictures = to_drawings(draw(averaged, captions, images, autoencoder, deviation))
         found = [edge_f1(drawn_edges(picture), control) for picture, control in zip(pictures, controls, strict=True)]
-        curve[step] = sum(found) / len(found)
-        print(f"{kind}: step {step}, F1 {curve[step]:.3f}", flush=True)
+        result["f1"][str(step)] = sum(found) / len(found)
+        print(f"{kind}, seed {seed}: step {step}, F1 {result['f1'][str(step)]:.3f}", flush=True)
+        result["parameters"] = sum(value.numel() for group in rates for value in group["params"])
+        file.write_text(json.dumps(result), encoding="utf-8")
         since = time.monotonic()
 
-    loss = denoising_loss(model, samples, device, DROPPED_CAPTIONS, SNR_LIMIT, SWAPPED_CAPTIONS)
-    train(model, loss, rates, STEPS, folder / f"convergence_{kind}.pt", average=0.98, save_every=EVERY, watch=watch)
-    return {"f1": curve, "parameters": sum(value.numel() for group in rates for value in group["params"]),
-            "seconds a step": spent / STEPS}
+    loss = denoising_loss(model, samples, device, DROPPED_CAPTIONS, SNR_LIMIT, SWAPPED_CAPTIONS,
+                          trained_controlnet(seed, folder).to(device) if kind == "distilled" else None)
+    train(model, loss, rates, STEPS, file.with_suffix(".pt"), average=0.98, save_every=EVERY, watch=watch, seed=seed)
+    return result
 
 
-def plot(curves: dict[str, dict], path) -> None:
-    """The curves of agreement over steps as a picture."""
+def trained_controlnet(seed: int, folder):
+    """The ControlNet on its base, trained to the end."""
+    import torch
+    from torch.optim.swa_utils import AveragedModel
+    learn("controlnet", seed, folder)
+    averaged = AveragedModel(controlled("controlnet", load_base()[0], seed)[0])
+    averaged.load_state_dict(torch.load(folder / f"convergence_controlnet_{seed}.pt", weights_only=True)["averaged"])
+    return averaged.module.requires_grad_(False).eval()
+
+
+def plot(curves: dict[str, dict[str, tuple[float, float]]], seeds: int, path) -> None:
+    """Curves {step: (mean, spread)} of agreement as a picture."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for kind, result in curves.items():
-        axes.plot([int(step) for step in result["f1"]], list(result["f1"].values()), label=LABELS[kind], marker=".")
-    axes.set(xlabel="training steps", ylabel=f"F1 of edges, {DRAWINGS} held-out drawings")
+    for kind, curve in curves.items():
+        means, spreads = zip(*curve.values(), strict=True)
+        axes.errorbar([int(step) for step in curve], means, spreads, label=LABELS[kind], marker=".", capsize=2)
+    axes.set(xlabel="training steps", ylabel=f"F1 of edges, {DRAWINGS} held-out drawings, {seeds} seeds")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -187,29 +210,32 @@ def plot(curves: dict[str, dict], path) -> None:
 
 def main() -> None:
     import argparse
-    import json
+    from statistics import mean, pstdev
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"train anew, of {', '.join(LABELS)}; then no report")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"train these of {', '.join(LABELS)}; then no report")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(LABELS):
         parser.error(f"{min(unknown)} is none of {', '.join(LABELS)}")
     world.enter()
     folder = world.environment.cache_folder() / "demo_model"
-    files = {kind: folder / f"convergence_{kind}.json" for kind in LABELS}
-    for kind, file in files.items():
-        if kind in options.kinds or not (options.kinds or file.exists()):
-            file.with_suffix(".pt").unlink(missing_ok=True)
-            result = learn(kind, folder)
-            file.write_text(json.dumps(result | {"machine": world.machine()}), encoding="utf-8")
+    results = {kind: {} for kind in options.kinds or LABELS}
+    for seed in options.seeds:
+        for kind in results:
+            results[kind][seed] = learn(kind, seed, folder)
     if options.kinds:
         return
-    curves = {kind: json.loads(file.read_text(encoding="utf-8")) for kind, file in files.items()}
-    steps = list(curves["cross"]["f1"])
-    rows = [[LABELS[kind], f"{result['parameters'] / 1e6:.2f} million", f"{result['seconds a step']:.2f}",
-             *(f"{result['f1'][step]:.3f}" for step in steps)] for kind, result in curves.items()]
-    world.report("convergence", f"F1 of edges of {DRAWINGS} held-out drawings over training steps",
-                 ["", "trained parameters", "seconds a step", *steps], rows, {"curves": curves})
-    plot(curves, world.FOLDER / "results" / "convergence.png")
+    curves = {kind: {step: (mean(values), pstdev(values)) for step in found[options.seeds[0]]["f1"]
+                     for values in [[result["f1"][step] for result in found.values()]]}
+              for kind, found in results.items()}
+    rows = [[LABELS[kind], f"{found[options.seeds[0]]['parameters'] / 1e6:.2f} million",
+             f"{mean(result['seconds'] for result in found.values()) / STEPS:.2f}",
+             *(f"{middle:.3f} +-{spread:.3f}" for middle, spread in curves[kind].values())]
+            for kind, found in results.items()]
+    world.report("convergence", f"F1 of edges of {DRAWINGS} held-out drawings over training steps, "
+                                f"{len(options.seeds)} seeds", ["", "trained parameters", "seconds a step",
+                                                                *curves["cross"]], rows, {"results": results})
+    plot(curves, len(options.seeds), world.FOLDER / "results" / "convergence.png")
 
 
 if __name__ == "__main__":

@@ -38,13 +38,15 @@ def new_unet() -> UNetModel:
 
 
 def denoising_loss(predict: Callable, samples: Samples, device: torch.device, dropped: float = DROPPED_CAPTIONS,
-                   snr_limit: float = SNR_LIMIT, swapped: float = 0.0) -> Callable[[torch.Generator], torch.Tensor]:
+                   snr_limit: float = SNR_LIMIT, swapped: float = 0.0,
+                   teacher: Callable | None = None) -> Callable[[torch.Generator], torch.Tensor]:
     """The loss of a batch for ``predict(x, timestep, caption, control image) -> noise``.
 
     Args:
         dropped, swapped: shares of the captions that are replaced by the empty one, and by another drawing's.
         snr_limit: of the weight that a sample's error in x0 has, its signal-to-noise ratio + SNR_OFFSET; low for
             coarse structure.
+        teacher: like ``predict``; what it predicts is then to be met, not the noise itself.
     """
     def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
         x0, caption, image, noise, level = (
@@ -54,6 +56,9 @@ def denoising_loss(predict: Callable, samples: Samples, device: torch.device, dr
         x = alpha.sqrt()[:, None, None, None] * x0 + (1 - alpha).sqrt()[:, None, None, None] * noise
         with mixed_precision(device):
             predicted = predict(x, timestep.float(), caption.float(), image)
+            if teacher is not None:
+                with torch.no_grad():
+                    noise = teacher(x, timestep.float(), caption.float(), image).float()
         snr = alpha / (1 - alpha)
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         return (error * (snr + SNR_OFFSET).clamp(max=snr_limit) / snr).mean()

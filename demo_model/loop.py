@@ -33,11 +33,11 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 def train(model: nn.Module, loss_of_batch: Callable[[torch.Generator], torch.Tensor], rates: list[dict],
           steps: int, file: Path, average: float = 0.999, save_every: int = SAVE_EVERY,
-          watch: Callable[[int, nn.Module], None] | None = None) -> nn.Module:
+          watch: Callable[[int, nn.Module], None] | None = None, seed: int = 0) -> nn.Module:
     """Train `model` down `loss_of_batch`, from the state in `file` on where there is one.
 
     Args:
-        loss_of_batch: draws a batch with the CPU generator that it gets, seeded by the step, and gives its loss.
+        loss_of_batch: draws a batch with the CPU generator that it gets, seeded by seed and step, and gives its loss.
         rates: AdamW's parameter groups.
         average: decay of the moving average.
         save_every: steps between two savings of the state.
@@ -64,7 +64,7 @@ def train(model: nn.Module, loss_of_batch: Callable[[torch.Generator], torch.Ten
         share = min(1.0, (step + 1) / (WARM_UP * steps), (steps - step) / (DECAY * steps))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
-        loss = loss_of_batch(torch.Generator().manual_seed(step))
+        loss = loss_of_batch(torch.Generator().manual_seed(seed * steps + step))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
