@@ -41,6 +41,10 @@ def filled(net, seed: int = 6) -> dict[str, torch.Tensor]:
             for key, value in net.state_dict().items()}
 
 
+def shapes(weights: dict) -> dict[str, tuple]:
+    return {key: tuple(value.shape) for key, value in weights.items()}
+
+
 @pytest.fixture(scope="module")
 def vae():
     """A VAE of 16 channels, as SD3's."""
@@ -56,9 +60,9 @@ def sd3_controlnet(model) -> dict[str, torch.Tensor]:
     config = model.model.model_config.unet_config
     weights = filled(comfy.cldm.mmdit.ControlNet(num_blocks=2, operations=comfy.ops.disable_weight_init, **config))
     named = {name: value for name, value in weights.items() if name.startswith(("controlnet_blocks", "pos_embed_"))}
-    for name, target in targets_of({key: value.shape for key, value in weights.items()}).items():
-        first, rows = target.rows or (0, None)
-        named[name] = weights[target.key][first:rows and first + rows]
+    for name, target in targets_of(shapes(weights)).items():
+        value = weights[target.key]
+        named[name] = value if target.rows is None else value.narrow(0, *target.rows)
     return {name: value.clone() for name, value in named.items()}
 
 
@@ -165,7 +169,7 @@ def test_the_teacher_sees_each_row_s_own_image_and_nothing_of_the_student(pack, 
     samples = pack("nodes.training_data").Samples(latents(model, 2), [cond(model, seed) for seed in rows],
                                                   [picture(seed) for seed in rows], None, 8)
     control = training._start(model, student(pack, base), seed=3)
-    target = next(target for name, target in targets_of(model.model.diffusion_model.state_dict()).items()
+    target = next(target for name, target in targets_of(shapes(model.model.diffusion_model.state_dict())).items()
                   if "to_out.0.weight" in name)
     difference = torch.nn.Parameter(torch.randn(model.model.diffusion_model.get_parameter(target.key).shape))
     clone = run.trainable_clone(model, control, {target: difference}, torch.float32, False)
@@ -188,7 +192,7 @@ def test_the_teacher_sees_each_row_s_own_image_and_nothing_of_the_student(pack, 
 
 
 def test_a_union_controlnet_teaches_the_type_that_was_set(run, pack, train):
-    model = small_unet("sd15", model_channels=320)  # as wide as ComfyUI makes what a union adds
+    model = small_unet("sd15", model_channels=320)  # the width that union types have
     config = {key: value for key, value in model.model.model_config.unet_config.items()
               if key not in ("out_channels", "transformer_depth_output", "dtype")}
     net = comfy.cldm.cldm.ControlNet(hint_channels=3, union_controlnet_num_control_type=6, **config)
