@@ -1,10 +1,11 @@
-"""How well the demonstration's model follows its control, on the drawings that its training never saw.
+"""How well a model of the demonstration follows its control, on the drawings that its training never saw.
 
     python benchmarks/control.py
+    python benchmarks/control.py --base sd3
 
-For Canny edges (F1, an edge counts as found within one pixel) and for the drawn region (IoU): without control, at
-strengths 0.5 and 1, with the style LoRA, and with another drawing's control. The share of the way goes from what the
-same model draws without control (0) to what its VAE makes of the drawing itself (1).
+For Canny edges (F1, an edge counts as found within one pixel) and, of the SD1.5, for the drawn region (IoU): without
+control, at strengths 0.5 and 1, with another drawing's control, and, of the SD1.5, with the style LoRA. The share of
+the way goes from what the same model draws without control (0) to what its VAE makes of the drawing itself (1).
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import world
 SEEDS = (1, 2, 3)
 TURN = 7  # another drawing: so many places further
 SHEET = 16  # drawings in the picture of them
+KINDS = {"sd15": ("canny", "mask"), "sd3": ("canny",)}
+STYLED = ("sd15",)  # bases that the style LoRA is for
 
 
 def main() -> None:
     import argparse
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", choices=KINDS, default="sd15", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
     world.enter()
@@ -31,48 +35,39 @@ def main() -> None:
     from demo_model.world import load_held_out
 
     drawings, captions = load_held_out(provide.WEIGHTS)
-    demonstration = world.Pack().demonstration(drawings, captions)
-    styled = demonstration.styled()
-    bare = {(seed, model is styled): demonstration.draw(seed, model=model)
-            for seed in options.seeds for model in (None, styled)}
+    demonstration = world.Pack().demonstration(drawings, captions, base=options.base)
+    models = {"": None} | ({", LoRA": demonstration.styled()} if options.base in STYLED else {})
+    bare = {(seed, name): demonstration.draw(seed, model=model)
+            for seed in options.seeds for name, model in models.items()}
     reconstructed = demonstration.ceiling()
-    results, rows = {}, [bare[options.seeds[0], False]]
-    for kind, see in (("canny", demonstration.edges), ("mask", demonstration.regions)):
+    results, table, sheet = {}, [], [bare[options.seeds[0], ""]]
+    for kind in KINDS[options.base]:
+        see = {"canny": demonstration.edges, "mask": demonstration.regions}[kind]
         controls = see(demonstration.images)
         others = np.roll(controls, TURN, axis=0)
         ceiling = agreements(see(reconstructed), controls, kind)
-        found = {name: [] for name in ("off", "0.5", "1", "off, LoRA", "1, LoRA", "off, another's", "another's")}
-        rows.append(torch.from_numpy(controls)[..., None].expand(-1, -1, -1, 3))
+        sheet.append(torch.from_numpy(controls)[..., None].expand(-1, -1, -1, 3))
+        cases = {"0.5": (controls, 0.5, ""), **{f"1{name}": (controls, 1.0, name) for name in models},
+                 "another's": (others, 1.0, "")}
+        on, off = ({name: [] for name in cases} for _ in range(2))
         for seed in options.seeds:
-            for name, wanted, pictures in (
-                ("off", controls, bare[seed, False]),
-                ("0.5", controls, demonstration.draw(seed, kind, controls, 0.5)),
-                ("1", controls, demonstration.draw(seed, kind, controls)),
-                ("off, LoRA", controls, bare[seed, True]),
-                ("1, LoRA", controls, demonstration.draw(seed, kind, controls, model=styled)),
-                ("off, another's", others, bare[seed, False]),
-                ("another's", others, demonstration.draw(seed, kind, others)),
-            ):
-                found[name].append(agreements(see(pictures), wanted, kind))
-                if seed == options.seeds[0] and not name.startswith("off"):
-                    rows.append(pictures)
-        mean = {name: float(np.mean(values)) for name, values in found.items()}
-        shares = {
-            "0.5": share_of_the_way(mean["0.5"], mean["off"], ceiling),
-            "1": share_of_the_way(mean["1"], mean["off"], ceiling),
-            "1, LoRA": share_of_the_way(mean["1, LoRA"], mean["off, LoRA"], ceiling),
-            "another's": share_of_the_way(mean["another's"], mean["off, another's"], ceiling),
-        }
-        results[kind] = {"agreement": mean, "ceiling": ceiling, "share of the way": shares, "by seed": found}
-        print(kind, results[kind], flush=True)
-    header = ["control", "off", "strength 0.5", "strength 1", "with LoRA: off", "1", "ceiling", "share 0.5", "share 1",
-              "share with LoRA", "share towards another's"]
-    table = [[kind, *(f"{result['agreement'][name]:.3f}" for name in ("off", "0.5", "1", "off, LoRA", "1, LoRA")),
-              f"{result['ceiling']:.3f}", *(f"{share:.2f}" for share in result["share of the way"].values())]
-             for kind, result in results.items()]
-    world.report("control", f"Agreement with control, {len(drawings)} held-out drawings, {len(options.seeds)} seeds",
-                 header, table, {"seeds": list(options.seeds), "captions": captions, **results})
-    world.save_sheet("control", [row[:SHEET] for row in rows])
+            for name, (wanted, strength, styled) in cases.items():
+                pictures = demonstration.draw(seed, kind, wanted, strength, models[styled])
+                on[name].append(agreements(see(pictures), wanted, kind))
+                off[name].append(agreements(see(bare[seed, styled]), wanted, kind))
+                if seed == options.seeds[0]:
+                    sheet.append(pictures)
+        shares = {name: share_of_the_way(float(np.mean(on[name])), float(np.mean(off[name])), ceiling)
+                  for name in cases}
+        results[kind] = {"on": on, "off": off, "ceiling": ceiling, "share of the way": shares}
+        table += [[kind, name, f"{np.mean(off[name]):.3f}", f"{np.mean(on[name]):.3f}", f"{ceiling:.3f}",
+                   f"{shares[name]:.2f}"] for name in cases]
+        print(world.table(["control", "strength", "off", "on", "ceiling", "share"], table), flush=True)
+    name = "control" if options.base == "sd15" else f"control_{options.base}"
+    world.report(name, f"Agreement with control of the {options.base}, {len(drawings)} held-out drawings, "
+                 f"{len(options.seeds)} seeds", ["control", "strength", "off", "on", "ceiling", "share"], table,
+                 {"seeds": list(options.seeds), "captions": captions, **results})
+    world.save_sheet(name, [row[:SHEET] for row in sheet])
 
 
 if __name__ == "__main__":

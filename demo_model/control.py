@@ -23,7 +23,7 @@ from demo_model.world import World, to_drawings
 WIDTHS = {"stem_0": 32, "stem_1": 32, "width_0": 64, "width_1": 64, "width_2": 128}
 NARROW = "narrow.safetensors"
 # of edges, which tell more than a caption, the share that goes with another drawing's: they are to hold against it
-SWAPPED_CAPTIONS = {"canny": 0.3, "mask": 0.0}
+SWAPPED_CAPTIONS = {"canny": 0.3, "mask": 0.0, "super_resolution": 0.3}
 SETTINGS = {
     "batch_size": 8, "learning_rate": 1e-3, "unet_learning_rate": 3e-4, "trainable": "module and UNet weights",
     "training_dtype": "fp32", "gradient_checkpointing": False,
@@ -66,7 +66,9 @@ def dataset(run: Callable, world: World, base: Base, kind: str, file: Path) -> d
 
 
 def control_images(run: Callable, pictures: torch.Tensor, kind: str) -> torch.Tensor:
-    """The control image of each picture of an IMAGE."""
+    """The control image of each picture of an IMAGE; for super-resolution the node itself makes it of the picture."""
+    if kind == "super_resolution":
+        return pictures
     if kind == "canny":
         return run("ControlNeXtCanny", image=pictures, threshold="auto", low_threshold=100, high_threshold=200)
     regions = np.stack([drawn_region(picture) for picture in to_drawings(pictures.movedim(-1, 1))])
@@ -83,7 +85,8 @@ def train(run: Callable, folder: Path, world: World, base: Base, kind: str, step
     output, name = folder / "output", f"{base.name}_{kind}"
     narrow = new_module(FAMILIES[base.name], **WIDTHS, out=base.width).state_dict()
     save_file(narrow, folder / "models" / "controlnext" / NARROW)
-    settings = SETTINGS | BASE_SETTINGS[base.name] | {"steps": steps, "filename_prefix": name}
+    settings = SETTINGS | BASE_SETTINGS[base.name] | {"steps": steps, "filename_prefix": name,
+                                                      "super_resolution": kind == "super_resolution"}
     kept = output.glob(f"controlnext_training/{name}_*.pt")
     if latest := max(kept, key=lambda file: file.stat().st_mtime, default=None):
         settings["resume_from"] = latest.name

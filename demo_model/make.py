@@ -22,14 +22,15 @@ import environment  # noqa: E402
 
 from demo_model.bases import BASES, Base  # noqa: E402
 
-STAGES = ("autoencoder", "decoder", "denoiser", "checkpoint", "canny", "mask")
+CONTROLS = ("canny", "mask", "super_resolution")
+STAGES = ("autoencoder", "decoder", "denoiser", "checkpoint", *CONTROLS)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE",
                         help=f"what to make, of {', '.join(STAGES)} (default: all in turn); those before it are made, "
-                             f"too, but canny and mask need nothing more than the checkpoint in --weights")
+                             f"too, but {', '.join(CONTROLS)} need nothing more than the checkpoint in --weights")
     parser.add_argument("--base", choices=BASES, default="sd15", help="(default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="for its state (default: demo_model in the cache folder)")
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights",
@@ -150,12 +151,6 @@ class Making:
                       pack.models / "checkpoints" / self.base.checkpoint)
         return pack
 
-    def canny(self) -> None:
-        self.control("canny")
-
-    def mask(self) -> None:
-        self.control("mask")
-
     def control(self, kind: str) -> None:
         """Train a control for the finished checkpoint, by the pack's own node."""
         from safetensors import safe_open
@@ -202,7 +197,7 @@ def main() -> None:
         comfy.options.enable_args_parsing()
         making = Making(options.base, folder, options.weights, options.share)
         for stage in options.stages or stages_of(options.base):
-            getattr(making, stage)()
+            making.control(stage) if stage in CONTROLS else getattr(making, stage)()
         print(f"The weights are in {options.weights}")
     else:
         python, comfyui = environment.set_up()

@@ -46,13 +46,19 @@ class Demonstration:
         """Where an IMAGE is drawn on: (N, H, W) bool."""
         return np.stack([drawn_region(picture) for picture in (pictures * 255).round().byte().numpy()])
 
-    def controlled(self, kind: str, controls: np.ndarray, strength: float, model=None):
-        """A MODEL under control, a picture of the batch for each of (N, H, W) bool."""
+    def smaller(self, pictures: torch.Tensor) -> torch.Tensor:
+        """An IMAGE at a quarter of its size."""
+        return self.run("ImageScaleBy", image=pictures, upscale_method="area", scale_by=0.25)
+
+    def controlled(self, kind: str, controls: np.ndarray | torch.Tensor, strength: float, model=None):
+        """A MODEL under control, a picture of the batch for each of (N, H, W) bool or of an IMAGE."""
         file, unet_file = (f"{self.base.prefix}{kind}_{part}.safetensors" for part in ("controlnet", "unet"))
         model = self.run("ControlNeXtUNetLoader", model=model or self.model, mode="auto", strength=1.0,
                          unet_name=unet_file)
         controlnext = self.run("ControlNeXtLoader", controlnext_name=file, variant="auto")
-        image = torch.from_numpy(controls).float()[..., None].expand(-1, -1, -1, 3)
+        image = torch.as_tensor(controls).float()
+        if image.ndim == 3:
+            image = image[..., None].expand(-1, -1, -1, 3)
         return self.run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, strength=strength,
                         start_percent=0.0, end_percent=1.0)
 
@@ -61,8 +67,8 @@ class Demonstration:
         return self.run("LoraLoader", model=self.model, clip=self.clip, lora_name=provide.LORA, strength_model=1.0,
                         strength_clip=0.0)[0]
 
-    def draw(self, seed: int, kind: str = "", controls: np.ndarray | None = None, strength: float = 1.0,
-             model=None) -> torch.Tensor:
+    def draw(self, seed: int, kind: str = "", controls: np.ndarray | torch.Tensor | None = None,
+             strength: float = 1.0, model=None) -> torch.Tensor:
         """An IMAGE of N pictures by the captions, without control where there are no `controls`."""
         pictures = []
         for first in range(0, len(self.images), BATCH):
@@ -86,6 +92,11 @@ class Demonstration:
 
 
 def agreements(found: np.ndarray, controls: np.ndarray, kind: str) -> float:
-    """Mean agreement of what pictures show with their controls, both (N, H, W) bool: F1 for canny, IoU for mask."""
-    measure = {"canny": edge_f1, "mask": iou}[kind]
+    """Mean agreement of what pictures show with what they should, both (N, H, W) bool: IoU for mask, else edges' F1."""
+    measure = iou if kind == "mask" else edge_f1
     return float(np.mean([measure(*pair) for pair in zip(found, controls, strict=True)]))
+
+
+def psnr(pictures: torch.Tensor, originals: torch.Tensor) -> float:
+    """Mean peak signal-to-noise ratio of an IMAGE to another in dB, picture by picture."""
+    return float((-10 * (pictures - originals).square().flatten(1).mean(1).log10()).mean())

@@ -24,7 +24,11 @@ CHECKPOINT, SD3_CHECKPOINT = "drawings.safetensors", "drawings_sd3.safetensors"
 CANNY, CANNY_UNET = "drawings_canny_controlnet.safetensors", "drawings_canny_unet.safetensors"
 MASK, MASK_UNET = "drawings_mask_controlnet.safetensors", "drawings_mask_unet.safetensors"
 LORA = "drawings_style_lora.safetensors"
-FILES = {CANNY: "controlnext", CANNY_UNET: "controlnext", MASK: "controlnext", MASK_UNET: "controlnext",
+SD3_CANNY, SD3_CANNY_UNET = "drawings_sd3_canny_controlnet.safetensors", "drawings_sd3_canny_unet.safetensors"
+SD3_RESTORING, SD3_RESTORING_UNET = ("drawings_sd3_super_resolution_controlnet.safetensors",
+                                     "drawings_sd3_super_resolution_unet.safetensors")
+FILES = {**dict.fromkeys((CANNY, CANNY_UNET, MASK, MASK_UNET, SD3_CANNY, SD3_CANNY_UNET, SD3_RESTORING,
+                          SD3_RESTORING_UNET), "controlnext"),
          LORA: "loras",
          SD3_CHECKPOINT: "checkpoints", CHECKPOINT: "checkpoints"}
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

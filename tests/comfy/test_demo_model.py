@@ -7,6 +7,7 @@ from demo_model.agreement import share_of_the_way
 from demo_model.measure import Demonstration, agreements
 
 SEED = 1
+SOME = slice(None, None, 8)  # of the held-out drawings; benchmarks/control.py and super_resolution.py measure all
 
 
 class Measured:
@@ -47,8 +48,8 @@ def drawn() -> dict:
 
 @pytest.fixture(scope="module", params=["canny", "mask"])
 def measured(demonstrate, drawn, request) -> Measured:
-    """Of every eighth held-out drawing; benchmarks/control.py measures all, in twice as many steps."""
-    return Measured(demonstrate(slice(None, None, 8), steps=6), request.param, drawn)
+    """In half as many steps as the benchmarks."""
+    return Measured(demonstrate(SOME, steps=6), request.param, drawn)
 
 
 def test_pictures_go_most_of_the_way_from_no_control_to_the_vaes_own_picture(measured):
@@ -65,3 +66,22 @@ def test_less_strength_goes_less_far(measured):
 
 def test_control_holds_beside_a_style_lora(measured):
     assert measured.share(1.0, styled=True) >= 0.5
+
+
+@pytest.fixture(scope="module")
+def sd3(demonstrate):
+    return demonstrate(SOME, base="sd3", steps=8)
+
+
+def test_edges_go_most_of_the_way_on_the_sd3(sd3):
+    assert Measured(sd3, "canny", {}).share(1.0) >= 0.55
+
+
+def test_the_sd3_restores_edges_that_are_lost_at_a_quarter_of_the_size(sd3):
+    small, wanted = sd3.smaller(sd3.images), sd3.edges(sd3.images)
+    enlarged = sd3.run("ImageScaleBy", image=small, upscale_method="bicubic", scale_by=4.0)
+    ceiling, off, on = (agreements(sd3.edges(pictures), wanted, "super_resolution")
+                        for pictures in (sd3.ceiling(), enlarged, sd3.draw(SEED, "super_resolution", small)))
+    share = share_of_the_way(on, off, ceiling)
+    print(f"share {share:.3f}")
+    assert share >= 0.25
