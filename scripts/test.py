@@ -18,7 +18,7 @@ import time
 import environment
 
 OLDER_VERSIONS = {"0.24.0": "versions", "0.16.3": "versions and not curve_editor"}  # the tests that it runs
-WORKERS = 2  # each with a real ComfyUI; together they take up to 18 GB
+WORKERS = 3  # each with a real ComfyUI, one of them often waiting for a server; together they take up to 18 GB
 
 
 def main() -> int:
