@@ -147,24 +147,16 @@ def main() -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from controlnext_core.families import FAMILIES
-    from controlnext_core.layouts import solve_widths
-    from controlnext_core.module import ControlNeXtModule
-
     def count(function, *args, **kwargs) -> tuple[int, object]:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             result = function(*args, **kwargs)
         return counter.get_total_flops(), result
 
-    shapes = world.stand_in.controlnext_shapes()
     rows, copies, data = [], [], {}
     for step in (*map(unet_step, SIZES), *map(sd3_step, SD3S)):
-        family = FAMILIES[step.family]
-        module = ControlNeXtModule(solve_widths(shapes) | {"out": step.out}, shapes, device="meta", dtype=torch.float16)
         denoiser = 2 * count(step.denoiser)[0]
-        image_part, part = count(module.image_part, step.image, family.stem_padding, family.stem_pool)
-        whole, _ = count(module.timestep_part, part, step.timesteps)
-        timestep_part, _ = count(module.timestep_part, part, step.timesteps, step.size if family.pool_first else None)
+        image_part, timestep_part, whole = module_flops(count, step.family, step.out, step.image, step.timesteps,
+                                                        step.size)
         natives = {name: 2 * count(native)[0] for name, native in step.natives.items()}
         added = {"reference's way": 2 * (image_part + whole),
                  "ControlNeXt, first run": timestep_part + image_part / (1 if step.frames > 1 else steps),
@@ -187,15 +179,26 @@ def main() -> None:
     print("A video's image parts are not kept in its first run, for they would need too much memory.")
 
 
+def module_flops(count, family: str, out: int, image, timesteps, size: tuple[int, int]) -> tuple[int, int, int]:
+    """FLOPs of a family's module with so many channels in the end: (image part, timestep part, that one unpooled)."""
+    import torch
+
+    from controlnext_core.families import FAMILIES
+    from controlnext_core.training import new_module
+    family = FAMILIES[family]
+    with torch.device("meta"):
+        module = new_module(family, out=out).to(image.dtype)
+    image_part, part = count(module.image_part, image, family.stem_padding, family.stem_pool)
+    timestep_part, _ = count(module.timestep_part, part, timesteps, size if family.pool_first else None)
+    return image_part, timestep_part, count(module.timestep_part, part, timesteps)[0]
+
+
 def transformers(count, steps: int) -> None:
     """The same for transformers, beside the control networks that ComfyUI has for them."""
     import comfy.model_management
     import models
     import sampling
     import torch
-
-    from controlnext_core.families import FAMILIES
-    from controlnext_core.training import new_module
 
     comfy.model_management.in_training = True  # ComfyUI's own kernels take no tensors without data
     rows, data = [], {}
@@ -217,11 +220,9 @@ def transformers(count, steps: int) -> None:
             tokens = torch.Size((one.height // 16, one.width // 16))
             width = next(getattr(denoiser, name) for name in ("hidden_size", "inner_dim", "dim")
                          if hasattr(denoiser, name))
-            family = FAMILIES[one.base]
-            module = new_module(family, out=width).to(torch.bfloat16)
             image = torch.empty(1, 3, one.height, one.width, dtype=torch.bfloat16)
-            image_part, part = count(module.image_part, image, family.stem_padding, family.stem_pool)
-            timestep_part, _ = count(module.timestep_part, part, torch.empty(1), tokens)
+        at = torch.empty(1, device="meta")
+        image_part, timestep_part, _ = module_flops(count, one.base, width, image, at, tokens)
         first = one.images * (timestep_part + (image_part if one.images > 1 else image_part / steps))
         step = one.halves * half
         what = f"{one.name}, {one.width}x{one.height}" + (f", {one.images} frames" if one.images > 1 else "")
