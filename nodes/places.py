@@ -59,6 +59,7 @@ AFTER_SLOTS = ("noise_refiner", "double_block")  # ComfyUI's own, after a block
 PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle",
           "tokens", *(f"block_{index}" for index in range(12)))
 
+
 @dataclass(frozen=True)
 class Place:
     """One point of a denoiser: the slot and block of the patch that reaches it, its width, the latent's halvings there.

@@ -42,6 +42,7 @@ from .training_data import Samples
 PREFIX = "diffusion_model."
 BLOCKS = (ResBlock, SpatialTransformer, JointBlock, DoubleStreamBlock, SingleStreamBlock, QwenImageTransformerBlock,
           JointTransformerBlock, WanAttentionBlock)
+ADDING_IN_PLACE = (DoubleStreamBlock, SingleStreamBlock)  # of Flux and Chroma
 PREVIEW_STEPS = 12
 PREDICTIONS = ((comfy.model_sampling.CONST, "flow"), (comfy.model_sampling.V_PREDICTION, "v"),
                (comfy.model_sampling.EPS, "epsilon"))
@@ -96,7 +97,7 @@ def trainable_clone(model, control: TrainingControl, differences: dict[Target, t
         clone.add_weight_wrapper(PREFIX + target.key, _adder(control, target, difference))
     for name, layer in clone.model.named_modules():
         if isinstance(layer, BLOCKS):
-            forward = _out_of_place(layer.forward)
+            forward = _out_of_place(layer.forward) if isinstance(layer, ADDING_IN_PLACE) else layer.forward
             clone.add_object_patch(f"{name}.forward", _checkpointed(forward) if checkpointing else forward)
     return clone
 
