@@ -32,7 +32,7 @@ def main() -> None:
     demonstration = world.Pack().demonstration(*load_held_out(provide.WEIGHTS), base="sd3")
     originals = demonstration.images
     small = demonstration.smaller(originals)
-    bicubic = demonstration.run("ImageScaleBy", image=small, upscale_method="bicubic", scale_by=4.0)
+    bicubic = demonstration.larger(small)
     found = {"bicubic": [bicubic], "control": [demonstration.draw(seed, KIND, small) for seed in options.seeds],
              "no control": [demonstration.draw(seed) for seed in options.seeds], "VAE": [demonstration.ceiling()]}
     edges = demonstration.edges(originals)

@@ -50,6 +50,10 @@ class Demonstration:
         """An IMAGE at a quarter of its size."""
         return self.run("ImageScaleBy", image=pictures, upscale_method="area", scale_by=0.25)
 
+    def larger(self, pictures: torch.Tensor) -> torch.Tensor:
+        """An IMAGE at four times its size, by bicubic interpolation."""
+        return self.run("ImageScaleBy", image=pictures, upscale_method="bicubic", scale_by=4.0)
+
     def controlled(self, kind: str, controls: np.ndarray | torch.Tensor, strength: float, model=None):
         """A MODEL under control, a picture of the batch for each of (N, H, W) bool or of an IMAGE."""
         file, unet_file = (f"{self.base.prefix}{kind}_{part}.safetensors" for part in ("controlnet", "unet"))

@@ -8,15 +8,13 @@ import pytest
 import torch
 from models import NARROW, SD35_MEDIUM, sd3_model, small_sd3
 from safetensors.torch import save_file
-from sampling import cond, conds, latent, picture, sample
+from sampling import TRAINING, cond, conds, latent, picture, sample
 
 from controlnext_core.families import FAMILIES
 from controlnext_core.training import new_module
 from controlnext_core.unet_keys import targets_of
 
-SETTINGS = dict(steps=8, batch_size=1, learning_rate=3e-3, unet_learning_rate=3e-3, seed=1, training_dtype="fp32",
-                trainable="module and UNet weights", gradient_checkpointing=True, save_every=0, preview_every=0,
-                filename_prefix="sd3")
+SETTINGS = TRAINING | dict(steps=8, learning_rate=3e-3, unet_learning_rate=3e-3, filename_prefix="sd3")
 OUTPUT = Path(folder_paths.get_output_directory())
 
 

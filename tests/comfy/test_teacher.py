@@ -13,7 +13,7 @@ from comfy.t2i_adapter.adapter import Adapter
 from comfy.taesd.taesd import TAESD
 from models import NARROW, small_sd3, small_unet, stock_controlnet
 from safetensors.torch import save_file
-from sampling import cond, one_forward, picture
+from sampling import TRAINING, cond, one_forward, picture
 
 from controlnext_core.families import FAMILIES
 from controlnext_core.training import draw_levels, draw_rows, new_module
@@ -21,9 +21,7 @@ from controlnext_core.unet_keys import targets_of
 
 WIDTHS = {"sd15": 64, "sdxl": 64, "sd3": 192}
 KINDS = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3", "adapter": "sd15", "controlnext": "sd15"}  # teacher -> base
-SETTINGS = dict(steps=1, batch_size=1, learning_rate=1e-3, unet_learning_rate=1e-3, seed=1, training_dtype="fp32",
-                trainable="module and UNet weights", gradient_checkpointing=True, save_every=0, preview_every=0,
-                filename_prefix="taught")
+SETTINGS = TRAINING | dict(steps=1, learning_rate=1e-3, unet_learning_rate=1e-3, filename_prefix="taught")
 TWO_WIDTHS = dict(num_res_blocks=[2, 2], channel_mult=[1, 2], transformer_depth=[1, 0, 0, 0],
                   transformer_depth_output=[1, 0, 0, 0, 0, 0])  # as a T2I-Adapter has them
 

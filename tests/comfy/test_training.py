@@ -14,16 +14,15 @@ from faults import full_disk, kill_while_writing
 from models import NARROW, small_unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sampling import cond, sample
+from sampling import TRAINING, cond, sample
 
 from controlnext_core.families import FAMILIES
 from controlnext_core.training import new_module
 from controlnext_core.unet_keys import diffusers_to_ldm
 
 OUTPUT = Path(folder_paths.get_output_directory())
-SETTINGS = dict(steps=6, batch_size=2, learning_rate=1e-3, unet_learning_rate=1e-3, seed=1, training_dtype="fp32",
-                trainable="module and UNet weights", gradient_checkpointing=False, save_every=0, preview_every=0,
-                filename_prefix="test")
+SETTINGS = TRAINING | dict(steps=6, batch_size=2, learning_rate=1e-3, unet_learning_rate=1e-3,
+                           gradient_checkpointing=False, filename_prefix="test")
 
 ONE_LEVEL = dict(num_res_blocks=[1], channel_mult=[1], transformer_depth=[1], transformer_depth_output=[0, 0])
 

@@ -9,16 +9,14 @@ import folder_paths
 import pytest
 import torch
 from models import NARROW, small_unet
-from sampling import FAMILIES, cond, one_forward, picture, sample
+from sampling import FAMILIES, TRAINING, cond, one_forward, picture, sample
 
 from controlnext_core.families import FAMILIES as TABLE
 from controlnext_core.training import draw_rows, new_module
 
 FRAMES = 2
 OUTPUT = Path(folder_paths.get_output_directory())
-SETTINGS = dict(steps=1, batch_size=1, learning_rate=3e-3, unet_learning_rate=3e-3, seed=1, training_dtype="fp32",
-                trainable="module and UNet weights", gradient_checkpointing=True, save_every=0, preview_every=0,
-                filename_prefix="video")
+SETTINGS = TRAINING | dict(steps=1, learning_rate=3e-3, unet_learning_rate=3e-3, filename_prefix="video")
 
 
 @pytest.fixture(scope="module")

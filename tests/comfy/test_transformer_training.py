@@ -8,14 +8,13 @@ import folder_paths
 import pytest
 import torch
 from models import TRANSFORMERS, small_transformer
-from sampling import cond, conds, latent, picture
+from sampling import TRAINING, cond, conds, latent, picture
 from tokens import BASES, drawn, new_controlnext
 
 from controlnext_core.training import UNET_PATTERNS, select_weights
 from controlnext_core.unet_keys import targets_of
 
-SETTINGS = dict(steps=6, batch_size=1, learning_rate=3e-3, unet_learning_rate=3e-3, seed=1, training_dtype="fp32",
-                trainable="module and UNet weights", gradient_checkpointing=True, save_every=0, preview_every=0)
+SETTINGS = TRAINING | dict(steps=6, learning_rate=3e-3, unet_learning_rate=3e-3)
 OUTPUT = Path(folder_paths.get_output_directory())
 
 
