@@ -62,6 +62,8 @@ def set_up() -> tuple[Path, Path]:
 
     Returns (python, comfyui). Raises SetupError when something cannot be had.
     """
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # else every process compiles ComfyUI and torch anew
+        os.environ["PYTHONPYCACHEPREFIX"] = str(cache_folder() / "bytecode")
     with _only_one_at_a_time():
         given_python = os.environ.get("COMFYUI_PYTHON")
         python = Path(shutil.which(given_python) or given_python) if given_python else _bare_environment()
