@@ -3,11 +3,11 @@
 import torch
 from comfy_api.latest import io
 
-from .base import apply_to_input, inject_at_input, settle
+from .base import FEW_BITS, apply_to_input, computes_in_few_bits, inject_at_input, settle
 from .control import Control, control_image
 from .injection import add_control
 from .model import ControlNeXt, ControlNeXtType
-from .preview import show_strength
+from .preview import show_strength, show_text
 from .strength_over_time import CurveInput, StrengthOverTime
 
 
@@ -63,16 +63,18 @@ class ControlNeXtApply(io.ComfyNode):
         over_time = None
         if strength_curve is not None or strength_keyframes is not None:
             over_time = StrengthOverTime(sampling, strength_curve, strength_keyframes)
-        chart = show_strength(strength, start_percent, end_percent, over_time)
+        shown = show_strength(strength, start_percent, end_percent, over_time).as_dict()
         if strength == 0.0:
-            return io.NodeOutput(model, ui=chart)
+            return io.NodeOutput(model, ui=shown)
+        if computes_in_few_bits(model.model):
+            shown |= show_text(cls, FEW_BITS).as_dict()
         control = Control(
             controlnext, family, place, image, mask, (strength * positive, strength * negative),
             (float(sampling.percent_to_sigma(start_percent)), float(sampling.percent_to_sigma(end_percent))),
             model.get_model_object("latent_format").spacial_downscale_ratio,
             {"auto": family.window_reference, "on": True, "off": False}[window_reference], over_time,
         )
-        return io.NodeOutput(add_control(model, control), ui=chart)
+        return io.NodeOutput(add_control(model, control), ui=shown)
 
 
 def _inputs_over_time() -> list[io.Input]:

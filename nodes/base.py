@@ -31,6 +31,9 @@ BASES = (
 WHERE = ("Where control enters the UNet, or the tokens of a transformer such as SD3: at once or after a block. auto is "
          "where the model was trained to enter.")
 
+FEW_BITS = ("The connected MODEL multiplies in 8 bits or fewer, so what control changes is off by some percent, as all "
+            "that it computes; connect the same model in fp16 or GGUF to have it exact.")
+
 
 def inject_at_input(tooltip: str = WHERE) -> io.Input:
     """What ``settle`` takes as ``inject_at``."""
@@ -55,6 +58,12 @@ def base_of_model(base_model) -> str:
             return base
     raise ValueError(f"model: ControlNeXt steers {listed(BASE_NAMES)} models; the connected MODEL is a "
                      f"{type(base_model).__name__}, which is not supported yet.")
+
+
+def computes_in_few_bits(base_model) -> bool:
+    """Whether quantised layers of a MODEL round what they are given as well, which FEW_BITS is about."""
+    return any(getattr(layer, "layout_type", None) and not layer._full_precision_mm
+               for layer in base_model.diffusion_model.modules())
 
 
 def family_of(base_model, controlnext: ControlNeXt) -> Family:

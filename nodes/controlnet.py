@@ -1,5 +1,6 @@
 """A ControlNeXt as one of ComfyUI's ControlNets: the same control, hung on a conditioning instead of the MODEL."""
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,7 @@ from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
 from comfy.patcher_extension import WrappersMP
 
 from ..controlnext_core.families import families_of
-from .base import settle
+from .base import FEW_BITS, computes_in_few_bits, settle
 from .control import RESIZING, Control, control_image
 from .injection import KEY, describe, note_conds, serve
 from .model import ControlNeXt
@@ -43,6 +44,8 @@ class ControlNeXtControl(ControlNet):
         self._dtype = model.get_dtype_inference()
         self.compression_ratio = model.latent_format.spacial_downscale_ratio
         self._settled = settle(model, self.controlnext, self.inject_at, self.apply_to)
+        if computes_in_few_bits(model):  # no node is at work that could show it
+            logging.warning("ControlNeXt: %s", FEW_BITS)
         self.controlnext.loaded.end_run()  # of a run that was interrupted
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):

@@ -14,7 +14,7 @@ from sampling import cond, latent, picture, sample
 
 CONTROL = 0.02  # of what control changes, L2
 KEY = "input_blocks.1.1.transformer_blocks.0.attn2.to_out.0.weight"
-LAYOUT = "TensorCoreFP8E4M3Layout"
+LAYOUTS = {"float8_e4m3fn": "TensorCoreFP8E4M3Layout", "int8_tensorwise": "TensorWiseINT8Layout"}
 ROUNDED = 0.1  # of an 8-bit weight's norm: ComfyUI rounds what it patches
 
 
@@ -47,14 +47,14 @@ def scaled_as_it_was(weights: dict) -> tuple[dict, dict]:
     return stored, exact
 
 
-def mixed(weights: dict) -> tuple[dict, dict]:
+def mixed(weights: dict, form: str = "float8_e4m3fn") -> tuple[dict, dict]:
     """(state dict as ComfyUI 0.30 saves quantised layers, the weights in it)."""
     stored, exact = dict(weights), dict(weights)
     for key, value in weights.items():
         if value.ndim == 2 and "transformer_blocks" in key:
-            quantised = QuantizedTensor.from_float(value, LAYOUT, scale="recalculate")
+            quantised = QuantizedTensor.from_float(value, LAYOUTS[form], scale="recalculate")
             stored |= quantised.state_dict(key)
-            said = json.dumps({"format": "float8_e4m3fn"}).encode()
+            said = json.dumps({"format": form}).encode()
             stored[f"{key.removesuffix('weight')}comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
             exact[key] = quantised.dequantize()
     return stored, exact
@@ -135,6 +135,33 @@ def test_base_weights_are_those_that_the_model_computes_with(quantised, pack):
     assert read.shapes == {key: tuple(value.shape) for key, value in exact.items()}
     for key in (KEY, "out.2.weight"):
         assert torch.allclose(read(key), exact[key], atol=1e-6)
+
+
+def test_a_base_in_8_bits_that_multiplies_in_more_is_told_nothing(quantised, controlnext, pack):
+    assert "text" not in pack("nodes.apply").ControlNeXtApply.execute(quantised[0], controlnext, picture(), 1.0, 0.0,
+                                                                      1.0).ui
+
+
+def test_a_base_that_multiplies_in_8_bits_is_told_by_both_routes(weights, controlnext, pack, hang, caplog):
+    stored, exact = mixed(weights, "int8_tensorwise")
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model_state_dict(stored)
+    plain = known_unet()
+    plain.model.diffusion_model.load_state_dict(exact)
+    changed, sentence = [], pack("nodes.base").FEW_BITS
+    for one, told in ((model, [sentence]), (plain, [])):
+        positive = cond(one)
+        off = sample(one, positive, positive, latent("sd15"), steps=1)
+        shown = pack("nodes.apply").ControlNeXtApply.execute(one, controlnext, picture(), 1.0, 0.0, 1.0)
+        assert list(shown.ui.get("text", ())) == told
+        on = sample(shown.args[0], positive, positive, latent("sd15"), steps=1)
+        caplog.clear()
+        hung = hang(controlnext, picture(), positive, positive)
+        assert torch.equal(on, sample(one, *hung, latent("sd15"), steps=1))
+        assert {record.message for record in caplog.records if "8 bits" in record.message} == {
+            f"ControlNeXt: {text}" for text in told}
+        changed.append(on - off)
+    assert CONTROL < apart(*changed) < 0.15
 
 
 class Packed(comfy.ops.manual_cast):
