@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfy.utils import common_upscale
+from models import small_sd3
 from sampling import conds, latent, picture, relative, sample
+from tokens import new_controlnext
 
 from controlnext_core.sizes import crop
 
@@ -49,8 +51,8 @@ def draw_noise(model, positive, negative, noise, cfg=3.0):
                                    seed=0, disable_pbar=True)
 
 
-def noise_of(batch=1):
-    return torch.randn(batch, 4, 2 * TILE, 2 * TILE, generator=torch.Generator().manual_seed(8))
+def noise_of(batch=1, channels=4):
+    return torch.randn(batch, channels, 2 * TILE, 2 * TILE, generator=torch.Generator().manual_seed(8))
 
 
 def hint_of(seed):
@@ -99,6 +101,17 @@ def test_ultimate_sd_upscale_gives_each_tile_its_part_of_every_hint_in_the_chain
     assert relative(drawn, draw_tile(noise, [part(hint, TILES[0]) for hint in hints])) > 1e-3
     kept = [link.cond_hint_original.movedim(1, -1) for link in chain(hung[0][0][1]["control"])]
     assert all(torch.equal(*pair) for pair in zip(kept, reversed(hints), strict=True))
+
+
+def test_ultimate_sd_upscale_gives_each_tile_of_a_transformers_picture_its_part(pack, hang):
+    model, controlnext, hint, tile = small_sd3(), new_controlnext(pack, "sd3"), hint_of(1), TILES[1]
+    noise = crop(noise_of(channels=16), tile, 1)
+    whole = hang(controlnext, hint, *conds(model))
+    drawn = draw_noise(model, *(cut(one, [tile]) for one in whole), noise)
+    alone, another = (draw_noise(model, *hang(controlnext, part(hint, one), *conds(model)), noise)
+                      for one in (tile, TILES[0]))
+    assert relative(drawn, alone) <= BOUND
+    assert relative(drawn, another) > 1e-3
 
 
 def test_ultimate_sd_upscale_gives_each_tile_of_a_batch_its_own_part(hang, unets, controlnexts, draw_tile):
