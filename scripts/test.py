@@ -27,10 +27,11 @@ def main() -> int:
     checks = [(f"pytest on {comfyui}", comfyui, [*pytest, *sys.argv[1:]])]
     if not sys.argv[1:]:
         checks = [("ruff", comfyui, [python, "-m", "ruff", "check", "."])]
-        # Whole files go to a worker, so that what a file makes once is made once.
-        pytest += ["-n", str(WORKERS), "--dist", "loadfile"]
+        # Whole files go to a worker, so that what a file makes once is made once; those that wait for a server first,
+        # while others keep the processor busy.
+        pytest += ["-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder"]
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
-        checks.append((f"pytest on {comfyui}", comfyui, pytest))
+        checks.append((f"pytest on {comfyui}", comfyui, [*pytest, "tests/server", "tests/comfy", "tests/core"]))
         if not os.environ.get("COMFYUI_PATH"):
             for version, tests in OLDER_VERSIONS.items():
                 tree = environment.older_comfyui(version, python)
