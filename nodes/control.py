@@ -117,7 +117,7 @@ class Control:
             groups = [(row,) for row in range(half * len(forward.frames), (half + 1) * len(forward.frames))]
         else:
             frames = (0, *forward.frames[1:]) if self.window_reference else forward.frames
-            groups = [_images_of(frame, self._images_a_frame(forward)) for frame in frames]
+            groups = [images_of(frame, self._images_a_frame(forward)) for frame in frames]
             total = self._images_a_frame(forward) * (forward.total - 1) + 1
             if len(self.image) not in (1, total) and not self._warned:
                 self._warned = True
@@ -217,7 +217,7 @@ class Control:
             return gain
         mask = comfy.utils.common_upscale(self.mask, forward.latent[1], forward.latent[0], "area", "disabled")
         if len(mask) > 1 or forward.video:
-            groups = [_images_of(frame, self._images_a_frame(forward)) for frame in forward.frames]
+            groups = [images_of(frame, self._images_a_frame(forward)) for frame in forward.frames]
             mask = torch.stack([mask[[index % len(mask) for index in group]].mean(0) for group in groups])
         size = halved(forward.size, self.place.halvings)
         masks = [pool(mask if half.area is None else crop(mask, half.area, 1), size) for half in forward.halves]
@@ -226,7 +226,7 @@ class Control:
         return gain * torch.stack(masks).to(forward.device, forward.dtype)
 
 
-def _images_of(frame: int, images: int) -> range:
+def images_of(frame: int, images: int) -> range:
     """Which images a latent frame of a video stands for: the first one of all for one, others for so many."""
     return range(max(images * (frame - 1) + 1, 0), images * frame + 1)
 

@@ -77,6 +77,11 @@ class Place:
     images: int = 1
 
 
+def images_a_frame(denoiser) -> int:
+    """How many control images a latent frame of a video stands for, except the first one of all."""
+    return 1 if isinstance(denoiser, UNetModel) else TRANSFORMERS[type(denoiser)].images
+
+
 def places_of(denoiser) -> dict[str, Place]:
     """{name: Place} of ComfyUI's UNetModel or one of TRANSFORMERS."""
     return _unet_places(denoiser) if isinstance(denoiser, UNetModel) else _token_places(denoiser)

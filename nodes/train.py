@@ -30,7 +30,7 @@ from ..controlnext_core.unet_weights import read
 from .base import base_of_model, family_of, inject_at_input
 from .files import fingerprint, write_whole
 from .model import ControlNeXt, ControlNeXtType, trained_controlnext
-from .places import places_of
+from .places import images_a_frame, places_of
 from .preview import send_text, show_text
 from .teacher import Teacher
 from .training_data import Samples
@@ -40,7 +40,7 @@ from .unet_loader import BaseWeights, add_unet_weights
 FOLDER = "controlnext_training"  # in the output folder
 NONE = "none"
 WITH_UNET = "module and UNet weights"
-VIDEO_BASES = ("svd",)  # whose LATENT is a video, a frame a row
+FRAMES_IN_ROWS = ("svd",)  # bases of which a LATENT is one video
 TEXTS, MEAN_OF = 1000, 50  # texts in a training; losses in the mean that they tell
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -60,8 +60,8 @@ class ControlNeXtTrain(io.ComfyNode):
                 io.Model.Input("model", tooltip="The MODEL to train for, of any base that ControlNeXt steers; it is "
                                                 "not changed."),
                 io.Latent.Input("latents", tooltip="The pictures, from Make Training Dataset, Resolution Bucket or VAE "
-                                                   "Encode. For SVD, videos: each one whole, its frames from VAE "
-                                                   "Encode."),
+                                                   "Encode. Videos for SVD and, if you like, for Wan: each one "
+                                                   "whole, its frames from VAE Encode."),
                 io.Conditioning.Input("conditioning", tooltip="The captions, from the same node as the latents: one "
                                                               "for each picture or each LATENT, or one for all. For "
                                                               "SVD, the positive of SVD_img2vid_Conditioning for each "
@@ -176,12 +176,13 @@ class ControlNeXtTrain(io.ComfyNode):
         if teacher and settings.teacher_share:
             learned_from = Teacher(teacher[0], settings.teacher_strength, settings.teacher_share,
                                    teacher_vae[0] if teacher_vae else None)
-        videos = base_of_model(model[0].model) in VIDEO_BASES
-        if videos:  # one a forward: a step's others follow it, and its gradient is the same
+        rows_are_frames = base_of_model(model[0].model) in FRAMES_IN_ROWS
+        samples = Samples(latents, conditioning, images, empty_conditioning[0] if empty_conditioning else None,
+                          model[0].get_model_object("latent_format").spacial_downscale_ratio, rows_are_frames,
+                          images_a_frame(model[0].model.diffusion_model))
+        if samples.videos:  # one a forward: a step's others follow it, and its gradient is the same
             settings.grad_accumulation_steps *= settings.batch_size
             settings.batch_size = 1
-        samples = Samples(latents, conditioning, images, empty_conditioning[0] if empty_conditioning else None,
-                          model[0].get_model_object("latent_format").spacial_downscale_ratio, videos)
         with torch.inference_mode(False), torch.enable_grad():
             return cls._train(model[0], controlnext[0] if controlnext else None, samples, learned_from, settings)
 

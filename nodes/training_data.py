@@ -11,7 +11,7 @@ from ..controlnext_core.sizes import as_rgb
 class Samples:
     """Latents, conditionings and control images that belong together, and batches of them.
 
-    A sample is a picture, or a video with all its frames: then each LATENT is one, and each IMAGE its control.
+    A sample is a picture, or a video with all its frames: then each IMAGE is a sample's control.
 
     Resolution Bucket regroups its latents and conditionings by size, sizes in the order in which they first appear. All
     three lists are put into that order here, so that they match with and without that node.
@@ -22,63 +22,78 @@ class Samples:
         images: control images, one for each picture or frame, each as large as that.
         empty: CONDITIONING of an empty prompt, for dropped captions, or None.
         ratio: pixels of a picture that one latent pixel stands for.
-        videos: the samples are videos.
+        rows_are_frames: each LATENT is a video, a frame a row; otherwise a row is a sample.
+        images_a_frame: control images that a latent frame of a video stands for, the first one of all for one; 1 for
+            a MODEL of pictures alone.
+
+    Attributes:
+        videos: there are videos among the samples.
 
     Raises:
         ValueError: their numbers or sizes do not match; one sentence that names the input.
     """
 
     def __init__(self, latents: list[dict], conditioning: list, images: list[torch.Tensor], empty: list | None,
-                 ratio: int, videos: bool = False):
+                 ratio: int, rows_are_frames: bool = False, images_a_frame: int = 1):
         batches = [latent["samples"] for latent in latents]
-        for batch in batches:
-            if batch.ndim != 4 and (batch.ndim != 5 or batch.shape[2] != 1):  # some VAEs see a picture as a short video
+        for batch in batches:  # some VAEs see a picture as a short video
+            if batch.ndim != 4 and (batch.ndim != 5 or batch.shape[2] > 1 and images_a_frame == 1):
                 raise ValueError("latents: latents of pictures are needed, with 4 dimensions or one frame, but these "
                                  f"are {list(batch.shape)}; connect Make Training Dataset or VAE Encode.")
-        self.latents = batches if videos else [one for batch in batches for one in batch.split(1)]
-        self.images = images if videos else [one for batch in images for one in batch.split(1)]
+        self.images_a_frame = images_a_frame
+        self.latents = batches if rows_are_frames else [one for batch in batches for one in batch.split(1)]
+        self.videos = rows_are_frames or any(_size(latent)[0] > 1 for latent in self.latents)
+        self.images = images if self.videos else [one for batch in images for one in batch.split(1)]
         self.captions = [entry for entries in conditioning for entry in entries]
-        if not videos and len(self.captions) == len(batches):
+        if not rows_are_frames and len(self.captions) == len(batches):
             self.captions = [entry for entry, batch in zip(self.captions, batches, strict=True) for _ in batch]
         self.empty = empty
         self.ratio = ratio
         count = len(self.latents)
         if len(self.images) != count:
-            what, each = (("batches of control images", "batch with an image for each frame of each video") if videos
-                          else ("control images", "control image for each picture"))
+            what, each = ("control images", "control image for each picture")
+            if self.videos:
+                what, each = ("batches of control images", "batch with an image for each frame of each video")
             raise ValueError(f"images: there are {len(self.images)} {what} for {count} latents; connect one {each}, in "
                              "the same order.")
         if len(self.captions) not in (1, count):
             raise ValueError(f"conditioning: there are {len(self.captions)} captions for {count} latents; connect one "
-                             f"for each {'video' if videos else 'picture or LATENT'}, or one for all.")
+                             f"for each {'video' if self.videos else 'picture or LATENT'}, or one for all.")
         order = [row for bucket in self.buckets() for row in bucket]
         self.captions = [self.captions[row % len(self.captions)] for row in order]
         self.images = [self.images[row] for bucket in _alike([self._latent_size(one) for one in self.images])
                        for row in bucket]
         self.latents = [self.latents[row] for row in order]
         for latent, image in zip(self.latents, self.images, strict=True):
-            if len(image) != len(latent):
-                raise ValueError(f"images: there are {len(image)} control images for a video of {len(latent)} frames; "
-                                 "connect one for each frame.")
+            if self._latent_size(image)[0] != _size(latent)[0]:
+                raise ValueError(f"images: there are {len(image)} control images for a video of "
+                                 f"{self._frames(latent)} frames; connect one for each frame.")
             if self._latent_size(image) != _size(latent):
                 height, width = (side * ratio for side in latent.shape[-2:])
                 raise ValueError(f"images: a control image is {image.shape[2]}x{image.shape[1]} where its picture is "
                                  f"{width}x{height}; resize and crop control images exactly as the pictures.")
 
+    def _frames(self, latent: torch.Tensor) -> int:
+        """Frames of a video, of which a latent has fewer."""
+        return self.images_a_frame * (_size(latent)[0] - 1) + 1
+
     def _latent_size(self, image: torch.Tensor) -> tuple[int, int, int]:
-        return len(image), image.shape[1] // self.ratio, image.shape[2] // self.ratio
+        """Of a sample's control; frames that fill no latent frame are left out, as the VAE does."""
+        frames = (len(image) - 1) // self.images_a_frame + 1
+        return frames, image.shape[1] // self.ratio, image.shape[2] // self.ratio
 
     def buckets(self) -> list[list[int]]:
         """Indices of the samples, those of one size together."""
         return _alike([_size(latent) for latent in self.latents])
 
     def batch_latents(self, rows: list[int]) -> torch.Tensor:
-        """(B, C, h, w), float32, as the VAE made them; B is all frames of videos."""
+        """(B, C, h, w) or (B, C, F, h, w), float32, as the VAE made them; B is all frames of videos in rows."""
         return torch.cat([self.latents[row] for row in rows]).float()
 
     def batch_images(self, rows: list[int]) -> torch.Tensor:
-        """(B, 3, H, W), float32 in [0, 1], cropped to what the VAE sees of a picture."""
-        return torch.cat([self._cropped(as_rgb(self.images[row])) for row in rows]).float().movedim(-1, 1)
+        """(B, 3, H, W), float32 in [0, 1], cropped to what the VAE sees of a picture; B is all frames of videos."""
+        images = [as_rgb(self.images[row][:self._frames(self.latents[row])]) for row in rows]
+        return torch.cat([self._cropped(image) for image in images]).float().movedim(-1, 1)
 
     def _cropped(self, image: torch.Tensor) -> torch.Tensor:
         height, width = (side * self.ratio for side in self._latent_size(image)[1:])
@@ -108,8 +123,8 @@ class Samples:
 
 
 def _size(latent: torch.Tensor) -> tuple[int, int, int]:
-    """Frames, height and width."""
-    return len(latent), *latent.shape[-2:]
+    """Frames, in rows or in a dimension of their own, height and width; a picture has one frame."""
+    return latent.shape[0] * latent.shape[2:-2].numel(), *latent.shape[-2:]
 
 
 def _alike(sizes: list[tuple]) -> list[list[int]]:

@@ -33,7 +33,7 @@ from ..controlnext_core.training import (
     prediction_loss,
 )
 from ..controlnext_core.unet_keys import Target
-from .control import RESIZING, Forward
+from .control import RESIZING, Forward, images_of
 from .injection import add_control
 from .places import Place
 from .teacher import Teacher
@@ -56,7 +56,7 @@ class TrainingControl:
 
     Attributes:
         place_name: of ``place``, in ``PLACES``.
-        images: (B, 3, H, W), set before each forward.
+        images: (B, 3, H, W), set before each forward: one a row, or the frames of its one video.
         acting: off, a forward goes without it and without the UNet differences that are trained with it.
     """
 
@@ -72,8 +72,15 @@ class TrainingControl:
         if not self.acting:
             return None
         timesteps = torch.tensor(forward.timesteps, device=forward.device)
-        features = control_features(self.module, self.family, self.images.to(forward.device, forward.dtype), timesteps,
-                                    halved(forward.size, self.place.halvings))
+        images, size = self.images.to(forward.device, forward.dtype), halved(forward.size, self.place.halvings)
+
+        def features_of(images: torch.Tensor, together: bool = False) -> torch.Tensor:
+            return control_features(self.module, self.family, images, timesteps, size, together=together)
+        if forward.video:  # in the memory of one latent frame
+            groups = [images[list(images_of(frame, self.place.images))] for frame in forward.frames]
+            features = torch.cat([checkpoint(features_of, group, True, use_reentrant=False) for group in groups], 2)
+        else:
+            features = features_of(images)
         gain, _ = self.family.gains(getattr(self.module, "scale", self.scale))
         return features[None], features.new_ones(1, 1, 1, 1, 1) * gain
 

@@ -3,13 +3,11 @@
 Expected is what plain hooks on the blocks give (see tokens.py).
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from models import small_transformer
-from sampling import cond, conds, latent, one_call_each, picture, relative, sample
-from tokens import BASES, BLOCK_BEHIND, by_hand, drawn, entering, new_controlnext
+from sampling import cond, conds, one_call_each, picture, relative
+from tokens import BASES, BLOCK_BEHIND, by_hand, drawn, entering, new_controlnext, with_reference
 
 REFERENCES = ("flux", "qwen_image", "flux2", "z_image")  # bases that take reference latents
 
@@ -27,13 +25,6 @@ def model(base):
 @pytest.fixture(scope="module")
 def controlnext(pack, base):
     return new_controlnext(pack, base)
-
-
-def with_reference(base: str, positive):
-    """A conditioning that carries one reference latent of 4 x 6 tokens."""
-    empty = latent(base, 1, *(side * BASES[base].patch for side in (4, 6)))
-    reference = torch.randn(empty.shape, generator=torch.Generator().manual_seed(0))
-    return [[context, {**extra, "reference_latents": [reference]}] for context, extra in positive]
 
 
 @pytest.mark.versions
@@ -164,74 +155,3 @@ def test_distilled_guidance_at_cfg_1_takes_control(base, model, control, control
         other = drawn(base, model, cfg=1.0)
     assert relative(drawn(base, *control(model, controlnext, picture(), *prompts), cfg=1.0), expected) <= 5e-5
     assert relative(other, expected) > 1e-3
-
-
-@pytest.fixture(scope="module")
-def wan():
-    return small_transformer("wan")
-
-
-@pytest.fixture(scope="module")
-def for_wan(pack):
-    return new_controlnext(pack, "wan")
-
-
-@pytest.mark.versions
-@pytest.mark.parametrize("images", [5, 3])
-def test_a_latent_frame_gets_the_mean_of_the_images_that_it_stands_for(wan, control, for_wan, images):
-    """Three images for five frames start again with the first."""
-    frames = picture(1, images)
-    with by_hand("wan", wan, for_wan, {0: [(frames, 1.0)]}):
-        expected = drawn("wan", wan)
-    assert relative(drawn("wan", *control(wan, for_wan, frames)), expected) <= 5e-5
-    assert relative(drawn("wan", *control(wan, for_wan, frames[:1])), expected) > 1e-2
-
-
-def test_one_latent_frame_is_a_picture_and_a_batch_of_them_takes_an_image_each(wan, control, for_wan):
-    images = picture(1, 2)
-    positive, negative = conds(wan)
-    alone = torch.zeros(2, 16, 1, 8, 8)
-    together = sample(*control(wan, for_wan, images), alone, steps=1)
-    model, positive, negative = control(wan, for_wan, images[1:])
-    assert relative(sample(model, positive, negative, alone, steps=1)[1], together[1]) <= 5e-5
-    assert relative(sample(model, positive, negative, alone, steps=1)[0], together[0]) > 1e-2
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_context_windows_of_a_video_get_their_own_frames_control(run, wan, control, for_wan, causal):
-    frames = picture(1, 17)
-    windowed = run("ContextWindowsManual", model=wan, context_length=3, context_overlap=1, dim=2, freenoise=False,
-                   context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="flat",
-                   causal_window_fix=causal)
-    video = torch.zeros(1, 16, 5, 8, 8)
-    windows = [[0, 1, 2], [1, 2, 3, 4] if causal else [2, 3, 4]]
-    with by_hand("wan", wan, for_wan, {0: [(frames, 1.0)]}, windows=windows):
-        expected = sample(windowed, *conds(wan), video, steps=1)
-    assert relative(sample(*control(windowed, for_wan, frames), video, steps=1), expected) <= 5e-5
-    assert relative(sample(windowed, *conds(wan), video, steps=1), expected) > 1e-2
-
-
-def test_a_mask_of_a_video_is_the_mean_of_those_of_a_frame(wan, apply, for_wan):
-    masks, entered = torch.zeros(5, 64, 64), []
-    masks[1:3, :, 32:] = 1.0
-    with entering("wan", wan, 0, lambda tokens, _: entered.append(tokens.unflatten(1, (2, 4, 4)).clone())):
-        for model in (wan, apply(wan, for_wan, picture()), apply(wan, for_wan, picture(), mask=masks)):
-            drawn("wan", model, cfg=1.0)
-    plain, full, masked = (tokens[0] for tokens in entered)
-    assert torch.equal(masked[0], plain[0])
-    assert torch.equal(masked[1, :, :2], plain[1, :, :2])
-    assert torch.allclose(masked[1, :, 2:], (plain[1, :, 2:] + full[1, :, 2:]) / 2, atol=1e-5)
-
-
-def test_a_reference_picture_before_a_video_s_tokens_stays_as_it_is(monkeypatch, control, for_wan):
-    monkeypatch.setitem(BASES, "wan", replace(BASES["wan"], fill=1))
-    model = small_transformer("wan", in_dim_ref_conv=16)
-    prompts, entered = [with_reference("wan", prompt) for prompt in conds(model)], []
-    image = picture(0, 1, 64, 96)
-    with by_hand("wan", model, for_wan, {0: [(image, 1.0)]}, grid=(4, 6)):
-        expected = drawn("wan", model, *prompts, size=(8, 12))
-    with entering("wan", model, 0, lambda tokens, _: entered.append(tokens[:, :24].clone())):
-        controlled = drawn("wan", *control(model, for_wan, image, *prompts), size=(8, 12))
-        drawn("wan", model, *prompts, size=(8, 12))
-    assert relative(controlled, expected) <= 5e-5
-    assert torch.equal(*entered)

@@ -76,6 +76,13 @@ def drawn(base: str, model, positive=None, negative=None, batch=1, size=None, **
                   **{"cfg": 3.0, "steps": 1, **options})
 
 
+def with_reference(base: str, positive):
+    """A conditioning that carries one reference latent of 4 x 6 tokens."""
+    empty = latent(base, 1, *(side * BASES[base].patch for side in (4, 6)))
+    reference = torch.randn(empty.shape, generator=torch.Generator().manual_seed(0))
+    return [[context, {**extra, "reference_latents": [reference]}] for context, extra in positive]
+
+
 def module_features(controlnext, image, timestep, grid, frames) -> torch.Tensor:
     """Normalized features as tokens, (1, frames * h * w, C); those of a latent frame are the mean of its images'."""
     tokens = []

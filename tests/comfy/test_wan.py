@@ -1,0 +1,164 @@
+"""Control of Wan's videos, and training on them: a latent frame stands for the first image or for four."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import folder_paths
+import pytest
+import torch
+from models import small_transformer
+from sampling import TRAINING, cond, conds, picture, relative, sample
+from tokens import BASES, by_hand, drawn, entering, new_controlnext, with_reference
+from trainings import RATE, running
+
+OUTPUT = Path(folder_paths.get_output_directory())
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return small_transformer("wan")
+
+
+@pytest.fixture(scope="module")
+def for_wan(pack):
+    return new_controlnext(pack, "wan")
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("images", [5, 3])
+def test_a_latent_frame_gets_the_mean_of_the_images_that_it_stands_for(wan, control, for_wan, images):
+    """Three images for five frames start again with the first."""
+    frames = picture(1, images)
+    with by_hand("wan", wan, for_wan, {0: [(frames, 1.0)]}):
+        expected = drawn("wan", wan)
+    assert relative(drawn("wan", *control(wan, for_wan, frames)), expected) <= 5e-5
+    assert relative(drawn("wan", *control(wan, for_wan, frames[:1])), expected) > 1e-2
+
+
+def test_one_latent_frame_is_a_picture_and_a_batch_of_them_takes_an_image_each(wan, control, for_wan):
+    images = picture(1, 2)
+    positive, negative = conds(wan)
+    alone = torch.zeros(2, 16, 1, 8, 8)
+    together = sample(*control(wan, for_wan, images), alone, steps=1)
+    model, positive, negative = control(wan, for_wan, images[1:])
+    assert relative(sample(model, positive, negative, alone, steps=1)[1], together[1]) <= 5e-5
+    assert relative(sample(model, positive, negative, alone, steps=1)[0], together[0]) > 1e-2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_context_windows_of_a_video_get_their_own_frames_control(run, wan, control, for_wan, causal):
+    frames = picture(1, 17)
+    windowed = run("ContextWindowsManual", model=wan, context_length=3, context_overlap=1, dim=2, freenoise=False,
+                   context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="flat",
+                   causal_window_fix=causal)
+    video = torch.zeros(1, 16, 5, 8, 8)
+    windows = [[0, 1, 2], [1, 2, 3, 4] if causal else [2, 3, 4]]
+    with by_hand("wan", wan, for_wan, {0: [(frames, 1.0)]}, windows=windows):
+        expected = sample(windowed, *conds(wan), video, steps=1)
+    assert relative(sample(*control(windowed, for_wan, frames), video, steps=1), expected) <= 5e-5
+    assert relative(sample(windowed, *conds(wan), video, steps=1), expected) > 1e-2
+
+
+def test_a_mask_of_a_video_is_the_mean_of_those_of_a_frame(wan, apply, for_wan):
+    masks, entered = torch.zeros(5, 64, 64), []
+    masks[1:3, :, 32:] = 1.0
+    with entering("wan", wan, 0, lambda tokens, _: entered.append(tokens.unflatten(1, (2, 4, 4)).clone())):
+        for model in (wan, apply(wan, for_wan, picture()), apply(wan, for_wan, picture(), mask=masks)):
+            drawn("wan", model, cfg=1.0)
+    plain, full, masked = (tokens[0] for tokens in entered)
+    assert torch.equal(masked[0], plain[0])
+    assert torch.equal(masked[1, :, :2], plain[1, :, :2])
+    assert torch.allclose(masked[1, :, 2:], (plain[1, :, 2:] + full[1, :, 2:]) / 2, atol=1e-5)
+
+
+def test_a_reference_picture_before_a_video_s_tokens_stays_as_it_is(monkeypatch, control, for_wan):
+    monkeypatch.setitem(BASES, "wan", replace(BASES["wan"], fill=1))
+    model = small_transformer("wan", in_dim_ref_conv=16)
+    prompts, entered = [with_reference("wan", prompt) for prompt in conds(model)], []
+    image = picture(0, 1, 64, 96)
+    with by_hand("wan", model, for_wan, {0: [(image, 1.0)]}, grid=(4, 6)):
+        expected = drawn("wan", model, *prompts, size=(8, 12))
+    with entering("wan", model, 0, lambda tokens, _: entered.append(tokens[:, :24].clone())):
+        controlled = drawn("wan", *control(model, for_wan, image, *prompts), size=(8, 12))
+        drawn("wan", model, *prompts, size=(8, 12))
+    assert relative(controlled, expected) <= 5e-5
+    assert torch.equal(*entered)
+
+
+def video(frames: int, seed: int = 2) -> torch.Tensor:
+    return torch.randn(1, 16, frames, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_video_is_trained_under_the_control_that_is_applied_to_it(pack, wan, apply):
+    with running(pack, "wan", wan, frames=3) as (run, state):
+        run.control.images = run._images([0], state.generator)
+        x, sigma = video(3), torch.tensor([0.7])
+        ours = run._denoise(x, sigma, [0], [False])
+        assert ours.requires_grad
+        module = {key: value.detach() for key, value in run.control.module.state_dict().items()}
+        applied = apply(wan, pack("nodes.model").trained_controlnext(module, "wan", "test", {}), picture(2, 9),
+                        inject_at="block_0")
+        options = {**applied.model_options["transformer_options"], "wrappers": applied.wrappers}
+        with torch.no_grad():
+            expected, plain = (applied.model.apply_model(x, sigma, transformer_options=given,
+                                                         c_crossattn=cond(wan)[0][0]) for given in (options, {}))
+    assert relative(ours.detach(), expected) <= 5e-5
+    assert relative(ours.detach(), plain) > 1e-2
+
+
+@pytest.fixture
+def train(run, for_wan):
+    """train(model, videos, images, **settings): the node's outputs, with LATENTs and IMAGEs of these tensors."""
+    def run_training(model, videos, images, conditioning=None, **settings):
+        settings = TRAINING | dict(controlnext=for_wan, steps=1, learning_rate=RATE, unet_learning_rate=RATE,
+                                   filename_prefix="wan_video") | settings
+        with torch.inference_mode(False):
+            return run("ControlNeXtTrain", model=[model], latents=[{"samples": one} for one in videos], images=images,
+                       conditioning=[conditioning or cond(model)],
+                       **{name: [value] for name, value in settings.items()})
+    return run_training
+
+
+def weights(controlnext) -> dict:
+    return {**controlnext.loaded.checkpoint.state_dict, **controlnext.unet_differences}
+
+
+def test_a_resumed_training_on_videos_equals_an_uninterrupted_one_and_a_batch_is_one_after_the_other(train, wan):
+    data = [video(2), video(2, 3)], [picture(0, 5), picture(1, 5)]
+    settings = dict(steps=4, save_every=2, ema=0.9)
+    whole = train(wan, *data, **settings, batch_size=2)
+    kept = min((OUTPUT / "controlnext_training").glob("wan_video_*_step_2.pt")).name
+    again = train(wan, *data, **settings, grad_accumulation_steps=2, resume_from=kept)
+    assert again[1] == whole[1]
+    ours, expected = weights(again[0]), weights(whole[0])
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_pictures_and_videos_are_trained_together_and_frames_that_the_vae_left_out_have_no_control(pack):
+    latents = [{"samples": one} for one in (video(1), video(3), video(2), video(1))]
+    images = [picture(seed, frames) for seed, frames in enumerate((1, 11, 5, 1))]
+    samples = pack("nodes.training_data").Samples(latents, [cond(small_transformer("wan"))], images, None, 8,
+                                                  images_a_frame=4)
+    assert samples.videos
+    assert samples.buckets() == [[0, 1], [2], [3]]
+    for row, which in enumerate((0, 3, 1, 2)):
+        assert torch.equal(samples.batch_latents([row]), latents[which]["samples"])
+        assert torch.equal(samples.batch_images([row]), images[which][:9].movedim(-1, 1))
+
+
+BAD = {
+    "images: there are 3 control images for a video of 9 frames; connect one for each frame.": dict(
+        images=[picture(0, 3)]),
+    "images: there are 9 batches of control images for 1 latents; connect one batch with an image for each frame of "
+    "each video, in the same order.": dict(images=list(picture(0, 9).split(1))),
+    "latents: latents of pictures are needed, with 4 dimensions or one frame, but these are [1, 16, 3, 8, 8]; connect "
+    "Make Training Dataset or VAE Encode.": dict(base="qwen_image"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_videos_are_answered_in_one_clear_sentence(train, message):
+    given = {"base": "wan", "images": [picture(0, 9)], **BAD[message]}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        train(small_transformer(given["base"]), [video(3)], given["images"])

@@ -1,0 +1,50 @@
+"""Trainings of transformers as the node makes them, step by step."""
+
+from contextlib import contextmanager
+
+import comfy.model_management
+import comfy.model_patcher
+import pytest
+import torch
+from sampling import cond, latent, picture
+from tokens import BASES, new_controlnext
+
+from controlnext_core.training import UNET_PATTERNS, select_weights
+from controlnext_core.unet_keys import targets_of
+
+RATE = 3e-3  # of learning
+
+
+def samples(base: str, model, frames: int = 1) -> dict:
+    """One picture, or one video of so many latent frames, as the node takes it."""
+    shape = list(latent(base, 1, *[64 // BASES[base].ratio] * 2).shape)
+    shape[2:-2] = [frames] * len(shape[2:-2])
+    return {"latents": [{"samples": torch.randn(shape, generator=torch.Generator().manual_seed(2))}],
+            "conditioning": [cond(model)], "images": [picture(2, 4 * frames - 3)]}
+
+
+@contextmanager
+def running(pack, base: str, model, frames: int = 1, checkpointing: bool = True):
+    """(a Run on ``samples``, its Training) as the node makes them, with control after the first block."""
+    training_run, training = pack("nodes.training_run"), pack("controlnext_core.training")
+    data = pack("nodes.training_data").Samples(*samples(base, model, frames).values(), None, BASES[base].ratio,
+                                               images_a_frame=4)
+    with torch.inference_mode(False), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("comfy.model_management.in_training", True)
+        control = pack("nodes.train")._start(model, new_controlnext(pack, base), 0, "block_0")
+        shapes = {key: tuple(value.shape) for key, value in model.model.diffusion_model.state_dict().items()}
+        targets = select_weights(targets_of(shapes), UNET_PATTERNS[base])
+        state = training.Training(control.module, {name: torch.zeros(target.shape(shapes[target.key]))
+                                                   for name, target in targets.items()}, RATE, RATE)
+        clone = training_run.trainable_clone(
+            model, control, {targets[name]: value for name, value in state.differences.items()}, torch.float32,
+            checkpointing)
+        try:
+            comfy.model_management.load_models_gpu([clone], memory_required=1e20, force_full_load=True)
+            clone.pre_run()
+            yield training_run.Run(clone, control, state, data, 1, 0.0), state
+        finally:
+            clone.cleanup()
+            comfy.model_management.unload_all_models()
+            for layer in clone.model.modules():
+                comfy.model_patcher.wipe_lowvram_weight(layer)
