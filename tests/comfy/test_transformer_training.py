@@ -1,6 +1,7 @@
 """Train ControlNeXt on every transformer, on small random models of the real classes, and what comes of it."""
 
 from pathlib import Path
+from statistics import mean
 
 import folder_paths
 import pytest
@@ -70,6 +71,16 @@ def test_gradients_are_those_of_the_loss(pack, base, model, frames, checkpointin
         difference = loss_at(step) - loss_at(-2 * step)
     assert all(gradient.any() for gradient in gradients)
     assert difference / (2 * step) == pytest.approx(norm, rel=0.03)
+
+
+def test_sixty_steps_halve_the_loss_of_a_fixed_batch(pack, base, model):
+    """Of the same picture, noise and timestep at every step."""
+    with running(pack, base, model, checkpointing=False) as (run, state):
+        drawn_before = state.generator.get_state()
+        for _ in range(60):
+            state.generator.set_state(drawn_before)
+            run.step()
+    assert mean(state.losses[-5:]) < 0.5 * state.losses[0]
 
 
 def test_what_was_trained_draws_the_same_from_its_files_and_as_a_lora(base, model, run, trained, apply, comfy_nodes,
