@@ -56,6 +56,10 @@ TRANSFORMERS = {  # with real heads
         theta=2000, patch_size=1, qkv_bias=False, guidance_embed=True, global_modulation=True, mlp_silu_act=True,
         ops_bias=False, default_ref_method="index", ref_index_scale=10.0)),
 }
+VARIANTS = {  # more of Wan
+    "image to video": (comfy.supported_models.WAN21_I2V, TRANSFORMERS["wan"][1] | dict(model_type="i2v", in_dim=36)),
+    "5B": (comfy.supported_models.WAN22_T2V, TRANSFORMERS["wan"][1] | dict(in_dim=48, out_dim=48)),
+}
 NARROW = dict(time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)  # of a module that is quick
 
 
@@ -149,7 +153,7 @@ def transformer_model(base: str, dtype=torch.float32, device=None, **changes) ->
     """A MODEL of ComfyUI's class for ``base`` with three blocks, its weights not filled."""
     if base == "sd3":
         return sd3_model(dtype, device, **changes)
-    model_class, config = TRANSFORMERS[base]
+    model_class, config = {**TRANSFORMERS, **VARIANTS}[base]
     return _patcher(model_class({**config, "dtype": dtype, **changes}), dtype, device)
 
 

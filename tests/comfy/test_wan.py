@@ -3,12 +3,13 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import folder_paths
 import pytest
 import torch
 from models import small_transformer
-from sampling import TRAINING, cond, conds, picture, relative, sample
+from sampling import LATENTS, TRAINING, cond, conds, latent, picture, relative, sample
 from tokens import BASES, by_hand, drawn, entering, new_controlnext, with_reference
 from trainings import RATE, running
 
@@ -162,3 +163,39 @@ def test_bad_videos_are_answered_in_one_clear_sentence(train, message):
     given = {"base": "wan", "images": [picture(0, 9)], **BAD[message]}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         train(small_transformer(given["base"]), [video(3)], given["images"])
+
+
+@pytest.fixture(params=["image to video", "5B"])
+def from_picture(request, monkeypatch):
+    """(a Wan that animates a picture, its two prompts, the first frame given): 2.1 beside the noise, 2.2 5B in it."""
+    model, first = small_transformer(request.param), video(2, 7)
+    given = torch.ones(1, 1, 2, 8, 8)
+    given[:, :, 0] = 0.0
+    if request.param == "5B":  # each frame has a timestep of its own
+        monkeypatch.setitem(BASES, "wan", replace(BASES["wan"], ratio=16))
+        monkeypatch.setitem(LATENTS, "wan", (48, 2))
+        return model, conds(model), {"noise_mask": given[..., ::2, ::2]}
+    seen = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(8))
+    extra = dict(concat_latent_image=first, concat_mask=given,
+                 clip_vision_output=SimpleNamespace(penultimate_hidden_states=seen))
+    return model, (cond(model, 0, **extra), cond(model, 1, **extra)), {}
+
+
+def test_control_of_a_video_that_begins_with_a_picture_is_added_as_by_hand(from_picture, control, for_wan):
+    model, prompts, options = from_picture
+    frames, side = picture(1, 5), 32 // BASES["wan"].ratio
+    for place, block in (("tokens", 0), ("block_1", 2)):
+        with by_hand("wan", model, for_wan, {block: [(frames, 0.8)]}, grid=(side, side)):
+            expected = drawn("wan", model, *prompts, **options)
+        controlled = control(model, for_wan, frames, *prompts, strength=0.8, inject_at=place)
+        assert relative(drawn("wan", *controlled, **options), expected) <= 5e-5
+        assert relative(drawn("wan", model, *prompts, **options), expected) > 1e-2
+
+
+def test_a_wan_that_animates_pictures_is_trained_on_videos(from_picture, train):
+    model, (prompt, _), _ = from_picture
+    shape = latent("wan", 1, *[64 // BASES["wan"].ratio] * 2).shape
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    controlnext, loss_map, _, _ = train(model, [latents], [picture(0, 5)], prompt, steps=2)
+    assert loss_map["loss"][0] > 0
+    assert [name for name, value in weights(controlnext).items() if not value.any()] == []

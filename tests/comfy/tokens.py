@@ -124,7 +124,7 @@ def by_hand(base: str, model, controlnext, blocks: dict[int, list], grid=(4, 4),
     timestep, frames, windows = [], [], itertools.cycle(windows or [range(BASES[base].frames)])
 
     def entered(_, args):
-        timestep.append(args[1][:1] * 1000 / BASES[base].time)
+        timestep.append(args[1][:1].reshape(1, -1)[:, -1] * 1000 / BASES[base].time)  # given frames have one of 0
         frames.append(next(windows))
 
     def adding(added):
