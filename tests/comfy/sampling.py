@@ -21,7 +21,7 @@ def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = No
     generator = torch.Generator().manual_seed(1000 + seed)
     if context is None:
         tokens = 1 if config.get("use_temporal_attention") else 77
-        width = 4096 if sd3 else next(config[name] for name in CONTEXT_WIDTHS if name in config)
+        width = next((config[name] for name in CONTEXT_WIDTHS if name in config), 4096)  # else T5's
         context = torch.randn(batch, tokens, width, generator=generator)
     if "pooled_output" not in extra and (config.get("adm_in_channels") or "vec_in_dim" in config):
         extra["pooled_output"] = torch.randn(1, config.get("vec_in_dim") or (2048 if sd3 else 1280),
