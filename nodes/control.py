@@ -21,10 +21,17 @@ RESIZING = "lanczos"  # of control images, as the reference does
 
 @dataclass(frozen=True)
 class Half:
-    """One guidance half of a batch: is it positive, and which (height, width, top, left) of the latent is it for."""
+    """One guidance half of a batch.
+
+    Attributes:
+        positive: it is the positive one.
+        area: (height, width, top, left) of the latent that it is for, None for all of it.
+        start: the first of the video's latent frames, or of a context window's, that it is for.
+    """
 
     positive: bool
-    area: tuple[int, int, int, int] | None
+    area: tuple[int, int, int, int] | None = None
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,8 @@ class Forward:
         latent: (H, W) of the whole latent.
         size: (H, W) of the latent in this call, smaller than ``latent`` for a regional cond.
         frames: for each sample of a half, its place in the whole batch or video; of a video in a latent of its own, for
-            each latent frame.
+            each latent frame, those before a half's ``start`` too.
+        count: samples of a half, or latent frames.
         total: samples of the whole batch or video.
         dtype, device: of the UNet's features.
         video: the latents are videos, and all samples share the frames.
@@ -50,10 +58,15 @@ class Forward:
     latent: tuple[int, int]
     size: tuple[int, int]
     frames: tuple[int, ...]
+    count: int
     total: int
     dtype: torch.dtype
     device: torch.device
     video: bool = False
+
+    def frames_of(self, half: Half) -> tuple[int, ...]:
+        """Those of ``frames`` that are a half's."""
+        return self.frames[half.start:half.start + self.count]
 
 
 class Control:
@@ -103,7 +116,7 @@ class Control:
         gains = [factor * self.gains[0 if half.positive else 1] for half in forward.halves]
         if not self.sigmas[1] <= forward.sigma <= self.sigmas[0] or not any(gains):
             return None
-        wanted = [(half.area, self._images(forward, index)) for index, half in enumerate(forward.halves)]
+        wanted = [(half.area, self._images(forward, index, half)) for index, half in enumerate(forward.halves)]
         computed = {one: self._features(forward, *one) for one in dict.fromkeys(wanted)}
         if len(computed) == 1:
             features = computed[wanted[0]][None]
@@ -111,12 +124,13 @@ class Control:
             features = torch.stack([computed[one] for one in wanted])
         return features, self._weights(forward, gains)
 
-    def _images(self, forward: Forward, half: int) -> tuple[tuple[int, ...], ...]:
+    def _images(self, forward: Forward, index: int, half: Half) -> tuple[tuple[int, ...], ...]:
         """Which images control each sample or latent frame of a half; of equal ones the first."""
         if self.row_by_row:
-            groups = [(row,) for row in range(half * len(forward.frames), (half + 1) * len(forward.frames))]
+            groups = [(row,) for row in range(index * forward.count, (index + 1) * forward.count)]
         else:
-            frames = (0, *forward.frames[1:]) if self.window_reference else forward.frames
+            frames = forward.frames_of(half)
+            frames = (0, *frames[1:]) if self.window_reference else frames
             groups = [images_of(frame, self._images_a_frame(forward)) for frame in frames]
             total = self._images_a_frame(forward) * (forward.total - 1) + 1
             if len(self.image) not in (1, total) and not self._warned:
@@ -216,11 +230,15 @@ class Control:
         if self.mask is None:
             return gain
         mask = comfy.utils.common_upscale(self.mask, forward.latent[1], forward.latent[0], "area", "disabled")
-        if len(mask) > 1 or forward.video:
-            groups = [images_of(frame, self._images_a_frame(forward)) for frame in forward.frames]
-            mask = torch.stack([mask[[index % len(mask) for index in group]].mean(0) for group in groups])
         size = halved(forward.size, self.place.halvings)
-        masks = [pool(mask if half.area is None else crop(mask, half.area, 1), size) for half in forward.halves]
+
+        def mask_of(half: Half) -> torch.Tensor:
+            whole = mask
+            if len(mask) > 1 or forward.video:
+                groups = [images_of(frame, self._images_a_frame(forward)) for frame in forward.frames_of(half)]
+                whole = torch.stack([mask[[index % len(mask) for index in group]].mean(0) for group in groups])
+            return pool(whole if half.area is None else crop(whole, half.area, 1), size)
+        masks = [mask_of(half) for half in forward.halves]
         if forward.video:
             masks = [torch.cat(list(mask), 1)[None] for mask in masks]
         return gain * torch.stack(masks).to(forward.device, forward.dtype)

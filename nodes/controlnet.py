@@ -63,7 +63,7 @@ class ControlNeXtControl(ControlNet):
             control = self._control_of(self.cond_hint_original, row_by_row=False)
         serve(transformer_options, self._depth(), control, forward)
         if "num_video_frames" in cond:  # see run_controls
-            cond["num_video_frames"] = len(forward.frames)
+            cond["num_video_frames"] = forward.count
         return previous
 
     def inference_memory_requirements(self, dtype):

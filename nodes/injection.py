@@ -163,18 +163,20 @@ def tell_memory(executor, model, noise_shape, conds, *args, **kwargs):
 def note_conds(executor, x, timestep, model_options=None, seed=None):
     """PREDICT_NOISE wrapper: note which cond is positive and which area it has; further in, only its uuid is left."""
     model_options = model_options or {}
-    conds = {cond["uuid"]: Half(name == "positive", _clamped(cond.get("area"), tuple(x.shape[2:])))
+    conds = {cond["uuid"]: Half(name == "positive", *_clamped(cond.get("area"), tuple(x.shape[2:])))
              for name, conds in executor.class_obj.conds.items() for cond in conds or ()}
-    options = {**model_options.get("transformer_options", {}), CONDS_KEY: (conds, tuple(x.shape[-2:]), x.shape[0])}
+    options = {**model_options.get("transformer_options", {}), CONDS_KEY: (conds, tuple(x.shape))}
     return executor(x, timestep, {**model_options, "transformer_options": options}, seed)
 
 
-def _clamped(area, latent: tuple[int, ...]) -> tuple[int, int, int, int] | None:
-    """A cond's (height, width, top, left), cut at the latent's edges as ComfyUI cuts the latent itself."""
-    if area is None or len(area) != 4:
-        return None
-    height, width, top, left = area
-    return min(latent[-2] - top, height), min(latent[-1] - left, width), top, left
+def _clamped(area, latent: tuple[int, ...]) -> tuple[tuple[int, int, int, int] | None, int]:
+    """A cond's (height, width, top, left), cut at the latent's edges as ComfyUI cuts the latent itself; first frame."""
+    if area is None:
+        return None, 0
+    dimensions = len(area) // 2  # of an area of a video three, frames first
+    *_, height, width = area[:dimensions]
+    *start, top, left = area[dimensions:]
+    return (min(latent[-2] - top, height), min(latent[-1] - left, width), top, left), start[0] if start else 0
 
 
 def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
@@ -188,7 +190,7 @@ def run_controls(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
         if controls:
             ready[injection.place] = controls
     if "num_video_frames" in kwargs:  # SVD's; ComfyUI does not count the frame that its causal window fix adds
-        kwargs["num_video_frames"] = len(forward.frames)
+        kwargs["num_video_frames"] = forward.count
     transformer_options = {**transformer_options, KEY: {**transformer_options.get(KEY, {}), "model": ready}}
     _enter_blocks(transformer_options)
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
@@ -203,21 +205,23 @@ def describe(sampling, dtype, x, t, options: dict) -> Forward:
     """
     size = tuple(x.shape[-2:])
     indices = options.get("cond_or_uncond") or [0]
-    conds, latent, samples = options.get(CONDS_KEY, ({}, size, 0))
+    conds, whole = options.get(CONDS_KEY, ({}, tuple(x.shape)))
     uuids = options.get("uuids") or [None] * len(indices)
     # conds that a patch made for itself are not noted; ComfyUI puts the positive one first
-    halves = tuple(conds.get(uuid) or Half(index == 0, None) for uuid, index in zip(uuids, indices, strict=True))
-    if any(half.area is None for half in halves):
-        latent = size
+    halves = tuple(conds.get(uuid) or Half(index == 0) for uuid, index in zip(uuids, indices, strict=True))
     rows = x.shape[0] // len(halves)
     # more rows than there are in the whole batch are those of several tiles, all halves of a tile together
-    rows_of_half = rows if not samples or rows % samples else samples
+    rows_of_half = rows if rows % whole[0] else whole[0]
+    if any(half.area is None for half in halves):
+        whole = tuple(x.shape)
     halves *= rows // rows_of_half
-    video = x.ndim == 5 and (x.shape[2] > 1 or options.get("context_window") is not None)
-    frames, total = _frames(x.shape[2] if video else rows_of_half, options, 2 if video else 0)
+    video = x.ndim == 5 and (whole[2] > 1 or options.get("context_window") is not None)
+    frames, total = _frames(whole[2] if video else rows_of_half, options, 2 if video else 0)
+    count = x.shape[2] if video else len(frames)
     # the module is given 0 to 1000, of flow models too, some of which count from 0 to 1
     timesteps = (1000 * t if isinstance(sampling, CONST) else sampling.timestep(t))[:rows_of_half].float()
-    return Forward(float(t[0]), tuple(timesteps.tolist()), halves, latent, size, frames, total, dtype, x.device, video)
+    return Forward(float(t[0]), tuple(timesteps.tolist()), halves, whole[-2:], size, frames, count, total, dtype,
+                   x.device, video)
 
 
 def _frames(samples: int, options: dict, dim: int) -> tuple[tuple[int, ...], int]:

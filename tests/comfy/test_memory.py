@@ -41,9 +41,9 @@ def asked(monkeypatch):
     ("sd15", 1, 768, 768), ("sdxl", 1, 1024, 1024), ("svd", 2, 1024, 576)])
 def test_a_forward_of_the_module_takes_what_is_told_within_a_fifth(
         pack, apply, unets, controlnexts, family, images, height, width):
-    at, half = (height // 8, width // 8), pack("nodes.control").Half(True, None)
+    at, half = (height // 8, width // 8), pack("nodes.control").Half(True)
     forward = pack("nodes.control").Forward(5.0, (900.0,) * images, (half,), at, at, tuple(range(images)), images,
-                                            DTYPE, torch.device("cpu"))
+                                            images, DTYPE, torch.device("cpu"))
     control = control_in(apply(unets[family], controlnexts[family], picture(1, images, height, width)))
     control.loaded.features.clear()
     with torch.inference_mode(), torch.profiler.profile(profile_memory=True) as profile:

@@ -9,7 +9,7 @@ import folder_paths
 import pytest
 import torch
 from models import small_transformer
-from sampling import LATENTS, TRAINING, cond, conds, latent, picture, relative, sample
+from sampling import LATENTS, TRAINING, cond, conds, latent, one_call_each, picture, relative, sample
 from tokens import BASES, by_hand, drawn, entering, new_controlnext, with_reference
 from trainings import RATE, running
 
@@ -199,3 +199,30 @@ def test_a_wan_that_animates_pictures_is_trained_on_videos(from_picture, train):
     controlnext, loss_map, _, _ = train(model, [latents], [picture(0, 5)], prompt, steps=2)
     assert loss_map["loss"][0] > 0
     assert [name for name, value in weights(controlnext).items() if not value.any()] == []
+
+
+def test_an_area_of_a_video_gets_its_frames_control(run, wan, control, for_wan, monkeypatch):
+    """Two areas, of other frames each, in one call of the transformer."""
+    frames, prompt = picture(1, 13), conds(wan)[0]
+    areas = [run("ConditioningSetAreaPercentageVideo", conditioning=prompt, temporal=0.5, height=1.0, width=0.5,
+                 z=start, y=0.0, x=0.5, strength=1.0) for start in (0.0, 0.5)]
+    prompt = [*areas[0], *areas[1]]
+    together = sample(*control(wan, for_wan, frames, prompt, prompt), torch.zeros(1, 16, 4, 8, 8), steps=1)
+    one_call_each(monkeypatch, wan)
+    with by_hand("wan", wan, for_wan, {0: [(frames[:, :, 32:], 1.0)]}, grid=(4, 2), windows=[[2, 3], [0, 1]]):
+        expected = sample(wan, prompt, prompt, torch.zeros(1, 16, 4, 8, 8), steps=1)
+    assert relative(together, expected) <= 5e-5
+
+
+@pytest.mark.parametrize(("shown", "same"), [(range(5, 13), "full"), (range(5), "plain")])
+def test_a_mask_of_a_video_is_cut_to_an_area_s_frames(run, wan, apply, for_wan, shown, same):
+    masks, (prompt, _) = torch.zeros(13, 64, 64), conds(wan)
+    masks[list(shown)] = 1.0
+    prompt = run("ConditioningSetAreaPercentageVideo", conditioning=prompt, temporal=0.5, height=1.0, width=1.0, z=0.5,
+                 y=0.0, x=0.0, strength=1.0)
+    frames = picture(1, 13)
+    full, masked = (apply(wan, for_wan, frames, **given) for given in ({}, {"mask": masks}))
+    full, plain, masked = (sample(model, prompt, prompt, torch.zeros(1, 16, 4, 8, 8), steps=1)
+                           for model in (full, wan, masked))
+    assert relative(masked, {"full": full, "plain": plain}[same]) <= 1e-6
+    assert relative(full, plain) > 1e-2
