@@ -13,7 +13,7 @@ import torch
 from ..controlnext_core.cross_normalization import fit, pool
 from ..controlnext_core.families import Family
 from ..controlnext_core.sizes import as_rgb, crop, halved
-from .model import ControlNeXt
+from .model import ControlNeXt, LoadedModule
 from .places import Place
 
 RESIZING = "lanczos"  # of control images, as the reference does
@@ -201,12 +201,8 @@ class Control:
         return self.loaded.features.get(key, features, step=timestep)[0]
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
-        """``LoadedModule.memory`` for a sampling of latents of this shape."""
-        latent = tuple(shape[-2:])
-        height, width = halved(latent, self.place.halvings)
-        frames = min(shape[2], len(self.image)) if len(shape) == 5 and shape[2] > 1 else len(self.image)
-        return self.loaded.memory(len(self.image), math.prod(self._pixels(latent)), height * width,
-                                  self.family.stem_pool, dtype, frames)
+        """``memory_of`` for a sampling of latents of this shape."""
+        return memory_of(self.loaded, self.family, self.place, len(self.image), self.ratio, shape, dtype)
 
     def _at_size(self, latent: tuple[int, int]) -> torch.Tensor:
         """The control images (N, 3, H, W) at the sampled image's size, stretched with Lanczos as the reference does."""
@@ -242,6 +238,14 @@ class Control:
         if forward.video:
             masks = [torch.cat(list(mask), 1)[None] for mask in masks]
         return gain * torch.stack(masks).to(forward.device, forward.dtype)
+
+
+def memory_of(loaded: LoadedModule, family: Family, place: Place, images: int, ratio: int, shape: tuple[int, ...],
+              dtype: torch.dtype) -> tuple[int, int]:
+    """``LoadedModule.memory`` of so many control images, for a sampling of latents of this shape."""
+    height, width = halved(shape[-2:], place.halvings)
+    frames = min(shape[2], images) if len(shape) == 5 and shape[2] > 1 else images
+    return loaded.memory(images, ratio ** 2 * math.prod(shape[-2:]), height * width, family.stem_pool, dtype, frames)
 
 
 def images_of(frame: int, images: int) -> range:

@@ -8,15 +8,28 @@ from comfy.controlnet import ControlNet
 from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
 from comfy.patcher_extension import WrappersMP
 
-from ..controlnext_core.families import families_of
 from .base import FEW_BITS, computes_in_few_bits, settle
-from .control import RESIZING, Control, control_image
+from .control import RESIZING, Control, control_image, memory_of
 from .injection import KEY, describe, note_conds, serve
 from .model import ControlNeXt
+from .reserve import prepare
+
+
+def tell_memory(executor, model, noise_shape, conds: dict, *args, **kwargs):
+    """PREPARE_SAMPLING wrapper: have ComfyUI keep free what the modules of controls on the conditionings need."""
+    controls = {}
+    for control in (cond.get("control") for entries in conds.values() for cond in entries):
+        while control is not None:
+            controls[control] = isinstance(control, ControlNeXtControl)
+            control = control.previous_controlnet
+    needs = [control.memory(model.model, tuple(noise_shape)) for control, ours in controls.items() if ours]
+    return prepare(executor, needs, model, noise_shape, conds, *args, **kwargs)
+
 
 # ComfyUI registers it for every sampling in which such a control takes part
-NOTING_CONDS = TransformerOptionsHook({"wrappers": {WrappersMP.PREDICT_NOISE: {KEY: [note_conds]}}},
-                                      hook_scope=EnumHookScope.AllConditioning)
+WRAPPERS = TransformerOptionsHook({"wrappers": {WrappersMP.PREDICT_NOISE: {KEY: [note_conds]},
+                                                WrappersMP.PREPARE_SAMPLING: {KEY: [tell_memory]}}},
+                                  hook_scope=EnumHookScope.AllConditioning)
 
 
 class ControlNeXtControl(ControlNet):
@@ -35,7 +48,7 @@ class ControlNeXtControl(ControlNet):
         self.inject_at, self.apply_to = inject_at, apply_to
         self.upscale_algorithm = RESIZING
         self.extra_hooks = HookGroup()
-        self.extra_hooks.add(NOTING_CONDS)
+        self.extra_hooks.add(WRAPPERS)
         self._dtype = self._settled = None
         self._asked = self._control = None
 
@@ -66,13 +79,11 @@ class ControlNeXtControl(ControlNet):
             cond["num_video_frames"] = forward.count
         return previous
 
-    def inference_memory_requirements(self, dtype):
-        # the image is most often as large as the picture, whose size is not known yet
-        images, _, height, width = self.cond_hint_original.shape
-        loaded = self.controlnext.loaded
-        stem_pool = families_of(loaded.checkpoint.layout)[0].stem_pool
-        return super().inference_memory_requirements(dtype) + sum(loaded.memory(
-            images, height * width, height * width // self.compression_ratio ** 2, stem_pool, dtype))
+    def memory(self, base_model, shape: tuple[int, ...]) -> tuple[int, int]:
+        """``memory_of`` for a sampling of a MODEL's latents of this shape. ValueError: as of ``settle``."""
+        family, place, _ = settle(base_model, self.controlnext, self.inject_at, self.apply_to)
+        return memory_of(self.controlnext.loaded, family, place, len(self.cond_hint_original),
+                         base_model.latent_format.spacial_downscale_ratio, shape, base_model.get_dtype_inference())
 
     def cleanup(self):
         super().cleanup()
@@ -89,8 +100,8 @@ class ControlNeXtControl(ControlNet):
         return copy
 
     def get_extra_hooks(self):
-        # ComfyUI gives up dynamic loading for hooks; the one that only notes needs that as little as a patch does
-        return [hooks for hooks in super().get_extra_hooks() if hooks.hooks != [NOTING_CONDS]]
+        # ComfyUI gives up dynamic loading for hooks; the one of our wrappers needs that as little as a patch does
+        return [hooks for hooks in super().get_extra_hooks() if hooks.hooks != [WRAPPERS]]
 
     def _copy_with(self, controlnext: ControlNeXt) -> "ControlNeXtControl":
         copy = ControlNeXtControl(controlnext, self.inject_at, self.apply_to)

@@ -153,11 +153,10 @@ def _injections(options: dict) -> list[Injection]:
 
 
 def tell_memory(executor, model, noise_shape, conds, *args, **kwargs):
-    """PREPARE_SAMPLING wrapper: have ComfyUI keep free what the modules need; they run one after the other."""
+    """PREPARE_SAMPLING wrapper: have ComfyUI keep free what the modules of controls that sit in the MODEL need."""
     needs = [control.memory(tuple(noise_shape), model.model.get_dtype_inference())
              for injection in _injections(model.model_options["transformer_options"]) for control in injection.controls]
-    needed = max(running for running, _ in needs) + sum(staying for _, staying in needs)
-    return prepare(executor, needed, model, noise_shape, conds, *args, **kwargs)
+    return prepare(executor, needs, model, noise_shape, conds, *args, **kwargs)
 
 
 def note_conds(executor, x, timestep, model_options=None, seed=None):

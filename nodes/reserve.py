@@ -22,8 +22,13 @@ class Reserve(ControlBase):
         return clone
 
 
-def prepare(executor, needed: int, model, noise_shape, conds: dict, *args, **kwargs) -> tuple:
-    """What PREPARE_SAMPLING's ``executor`` returns, with ``needed`` bytes kept free when it loads models."""
+def prepare(executor, needs: list[tuple[int, int]], model, noise_shape, conds: dict, *args, **kwargs) -> tuple:
+    """What PREPARE_SAMPLING's ``executor`` returns, with what modules need kept free when it loads models.
+
+    Args:
+        needs: ``LoadedModule.memory`` of each; they run one after the other.
+    """
+    needed = max(running for running, _ in needs) + sum(staying for _, staying in needs)
     real_model, prepared, models = executor(model, noise_shape, {**conds, KEY: [{"control": Reserve(needed)}]}, *args,
                                             **kwargs)
     return real_model, {name: entries for name, entries in prepared.items() if name != KEY}, models

@@ -344,12 +344,3 @@ def test_comfyuis_own_loader_does_not_know_the_file(run, goldens, models_folder)
     save_file(goldens.state_dict("sd15"), models_folder / "controlnet" / "module.safetensors")
     with pytest.raises(RuntimeError, match="controlnet file is invalid and does not contain a valid controlnet model"):
         run("ControlNetLoader", control_net_name="module.safetensors")
-
-
-def test_the_memory_of_its_own_forward_is_told_to_comfyui(control_net):
-    """For the image that it will read, and that of the ControlNets before it."""
-    small, large = (control_net().set_cond_hint(torch.zeros(1, 3, side, side)) for side in (256, 512))
-    needed = [net.inference_memory_requirements(torch.float32) for net in (small, large)]
-    assert needed[1] == 4 * needed[0] > 0
-    large.set_previous_controlnet(small)
-    assert large.inference_memory_requirements(torch.float32) == sum(needed)

@@ -7,7 +7,11 @@ from types import SimpleNamespace
 import comfy.model_management
 import pytest
 import torch
+from models import small_transformer
 from sampling import conds, latent, picture, sample
+
+from controlnext_core.families import FAMILIES
+from controlnext_core.training import new_module
 
 DTYPE = torch.float32
 
@@ -37,23 +41,34 @@ def asked(monkeypatch):
     return found
 
 
+@pytest.fixture(scope="module")
+def wan(pack):
+    """(a small Wan, a CONTROLNEXT for it whose first layers are as wide as a new one's)."""
+    module = new_module(FAMILIES["wan"], out=128)
+    return (small_transformer("wan"),
+            pack("nodes.model").trained_controlnext(module.state_dict(), "auto", "wide.safetensors", {}))
+
+
 @pytest.mark.parametrize("family, images, height, width", [
-    ("sd15", 1, 768, 768), ("sdxl", 1, 1024, 1024), ("svd", 2, 1024, 576)])
+    ("sd15", 1, 768, 768), ("sdxl", 1, 1024, 1024), ("svd", 2, 1024, 576), ("wan", 9, 480, 832)])
 def test_a_forward_of_the_module_takes_what_is_told_within_a_fifth(
-        pack, apply, unets, controlnexts, family, images, height, width):
-    at, half = (height // 8, width // 8), pack("nodes.control").Half(True)
-    forward = pack("nodes.control").Forward(5.0, (900.0,) * images, (half,), at, at, tuple(range(images)), images,
-                                            images, DTYPE, torch.device("cpu"))
-    control = control_in(apply(unets[family], controlnexts[family], picture(1, images, height, width)))
+        pack, apply, unets, controlnexts, wan, family, images, height, width):
+    at, half, video = (height // 8, width // 8), pack("nodes.control").Half(True), family == "wan"
+    frames = (images - 1) // 4 + 1 if video else images
+    forward = pack("nodes.control").Forward(0.9 if video else 5.0, (900.0,) * (1 if video else images), (half,), at, at,
+                                            tuple(range(frames)), frames, frames, DTYPE, torch.device("cpu"), video)
+    model, controlnext = wan if video else (unets[family], controlnexts[family])
+    control = control_in(apply(model, controlnext, picture(1, images, height, width)))
     control.loaded.features.clear()
     with torch.inference_mode(), torch.profiler.profile(profile_memory=True) as profile:
         result = control(forward)
     taken = peak(profile)
     control.loaded.features.clear()
     control.loaded.end_run()
-    told = sum(control.memory(at, DTYPE))
+    told = sum(control.memory((1, 16, frames, *at) if video else (images, 4, *at), DTYPE))
     print(f"{family}, {images} of {width}x{height}: {told / 2 ** 20:.0f} MB told, {taken / 2 ** 20:.0f} taken")
-    assert len(result[0][0]) == images
+    shape = result[0].shape  # of a video the frames lie below one another
+    assert (shape[3] // (at[0] // 2) if video else shape[1]) == frames
     assert abs(taken / told - 1) <= 0.2
 
 
@@ -69,13 +84,18 @@ def test_on_a_model_it_is_told_beside_what_the_sampling_itself_needs(apply, unet
     assert asked[2] - asked[0] == running + 2 * staying, "they run one after the other"
 
 
-def test_on_a_conditioning_it_is_told_beside_what_the_sampling_itself_needs(hang, unets, controlnexts, asked):
-    model = unets["sd15"]
-    hung = hang(controlnexts["sd15"], picture(1), *conds(model, "sd15"))
-    for positive, negative in (conds(model, "sd15"), hung):
-        sample(model, positive, negative, latent("sd15"), steps=1)
-    told = sum(controlnexts["sd15"].loaded.memory(1, 64 * 64, 8 * 8, False, DTYPE))
-    assert asked[1] - asked[0] >= told
+@pytest.mark.versions
+@pytest.mark.parametrize("base", ["sd15", "wan"])
+def test_on_conditionings_the_same_is_told_whatever_the_size_of_the_image(apply, hang, unets, controlnexts, wan, asked,
+                                                                        base):
+    """Of two in a row, too."""
+    model, controlnext = wan if base == "wan" else (unets[base], controlnexts[base])
+    first, second = picture(1, 5, 32, 32), picture(2)
+    by_model = apply(apply(model, controlnext, first), controlnext, second)
+    hung = hang(controlnext, second, *hang(controlnext, first, *conds(model)))
+    for one, prompts in ((model, conds(model)), (by_model, conds(model)), (model, hung)):
+        sample(one, *prompts, latent(base), steps=1)
+    assert asked[2] == asked[1] > asked[0]
 
 
 def out_of_memory(times: int, forward):
