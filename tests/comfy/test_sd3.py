@@ -1,8 +1,6 @@
-"""What only SD3 has: SD3.5 medium's second attention, ComfyUI's own replacements of its blocks, compiling it whole."""
+"""What only SD3 has: SD3.5 medium's second attention, ComfyUI's own replacements of its blocks."""
 
 import pytest
-from comfy.ldm.modules.attention import attention_pytorch
-from comfy_api.torch_helpers import set_torch_compile_wrapper
 from models import SD35_MEDIUM, small_sd3, two_block_sd3
 from sampling import picture, relative
 from tokens import by_hand, drawn, entering, new_controlnext
@@ -63,22 +61,6 @@ def test_control_enters_a_block_that_skip_layer_guidance_skips(run, sd3, control
         drawn("sd3", skipping(sd3), cfg=1.0)
     assert len(tokens) == 4
     assert relative(tokens[1], tokens[3]) > 1e-2, "the skipped forward went without control"
-
-
-def test_a_compiled_transformer_is_one_graph_traced_once_under_control(sd3, control, controlnext, monkeypatch):
-    """Steps, runs, images and strengths all go through the same graph."""
-    # ComfyUI's own attention for a CPU cannot be traced whole
-    monkeypatch.setattr("comfy.ldm.modules.diffusionmodules.mmdit.optimized_attention", attention_pytorch)
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-    for seed in range(2):
-        controlled, *prompts = control(sd3.clone(), controlnext, picture(seed), strength=1.0 - seed / 2)
-        set_torch_compile_wrapper(controlled, backend=backend, fullgraph=True)
-        drawn("sd3", controlled, *prompts, steps=2, seed=seed)
-    assert len(graphs) == 1
 
 
 def test_a_place_that_a_transformer_lacks_is_answered_with_those_that_it_has(sd3, control, controlnext):

@@ -3,8 +3,12 @@
 Expected is what plain hooks on the blocks give (see tokens.py).
 """
 
+import sys
+
 import pytest
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from models import small_transformer
 from sampling import cond, conds, one_call_each, picture, relative
 from tokens import BASES, BLOCK_BEHIND, by_hand, drawn, entering, new_controlnext, with_reference
@@ -155,3 +159,23 @@ def test_distilled_guidance_at_cfg_1_takes_control(base, model, control, control
         other = drawn(base, model, cfg=1.0)
     assert relative(drawn(base, *control(model, controlnext, picture(), *prompts), cfg=1.0), expected) <= 5e-5
     assert relative(other, expected) > 1e-3
+
+
+@pytest.mark.parametrize(("base", "control"), [("sd3", "model"), ("sd3", "conditioning"), ("z_image", "model")],
+                         indirect=True)
+def test_a_compiled_transformer_is_one_graph_traced_once_under_control(base, model, control, controlnext, monkeypatch):
+    """Steps, runs, images and strengths all go through the same graph, before a block (Z-Image: after it)."""
+    # ComfyUI's own attention for a CPU cannot be traced whole
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(sys.modules[type(model.model.diffusion_model).__module__], name, attention_pytorch,
+                            raising=False)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+    for seed in range(2):
+        controlled, *prompts = control(model.clone(), controlnext, picture(seed), strength=1.0 - seed / 2)
+        set_torch_compile_wrapper(controlled, backend=backend, fullgraph=True)
+        drawn(base, controlled, *prompts, steps=2, seed=seed)
+    assert len(graphs) == 1
