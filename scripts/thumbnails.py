@@ -1,14 +1,15 @@
-"""Remakes the thumbnails of the example workflows by running them on the project's own small model (demo_model).
+"""Remakes the thumbnails of the example workflows by running them on the project's own small models (demo_model).
 
     python scripts/thumbnails.py
+    python scripts/thumbnails.py "SD3 Canny" "SD3 Super Resolution"
 
-Each workflow is opened in ComfyUI's frontend (Chromium on PATH) and runs as it stands in the file, but for this: the
-files are the small model's, with its place of control; the picture is a drawing with its own size and prompt; and the
-drawing's silhouette stands for what needs models that cannot be had here (background removal, depth). Training is on
-the drawings that the small model was trained on, which npm fetches, with SETTINGS. There is no small model for poses:
-those workflows show poses and no result; nor a ControlNet that it could learn from: that one shows its graph. A
-workflow with a node of another pack needs that pack in base/custom_nodes in the cache folder; without it its thumbnail
-stays as it is.
+Each workflow, or each one named, is opened in ComfyUI's frontend (Chromium on PATH) and runs as it stands in the file,
+but for this: the files are those of the small model of its base, with its place of control; the picture is a drawing
+with its own size and prompt; and the drawing's silhouette stands for what needs models that cannot be had here
+(background removal, depth). Training is on the drawings that the small model was trained on, which npm fetches, with
+SETTINGS. There is no small model for poses: those workflows show poses and no result; nor one of Flux and Wan, nor a
+ControlNet that one could learn from: those show their graph. A workflow with a node of another pack needs that pack in
+base/custom_nodes in the cache folder; without it its thumbnail stays as it is.
 """
 
 from __future__ import annotations
@@ -28,8 +29,14 @@ DRAWINGS = {  # workflow: the drawings whose edges or silhouette control it; no 
     "SDXL Canny": ["rooster"], "Control and LoRA": ["flamingo"], "Inpaint with Control": ["cat face"],
     "Compare": ["fish"], "SD1.5 Mask": ["koala"], "Two Controls": ["horse face"], "SDXL Depth": ["bison"],
     "Regional Control": ["flamingo", "cat face"], "Train ControlNeXt": ["camera"],
+    "SD3 Canny": ["fish"],
 }
+SMALL = {"SD3 Super Resolution": "cat face"}  # the drawing that it gets a quarter as wide and high
 SHEETS = {"Tiled Upscale with Control": ["open lock", "rooster", "camera", "horse face"]}  # one loads four drawings
+POSES = {"SD1.5 Pose": (1, 1), "SVD Pose Video": (3, 1), "SVD Long Pose Video": (3, 2)}  # columns and rows of people
+GRAPHS = {"Distil a ControlNet": 0, "Flux Canny": 1, "Wan Canny Video": 2}  # the group that the picture begins with
+SAMPLING = {"sd15": {"steps": 20, "cfg": 2.0}, "sd3": {"steps": 16, "cfg": 2.0}}
+CONTROLS = ("canny", "super_resolution")  # that the small models have by these names; mask stands for others
 TRAINING = "drawings"  # the folder of pictures to train on, in the input folder
 SETTINGS = {  # of the training, for so small a model
     "batch_size": 8, "grad_accumulation_steps": 1, "learning_rate": 1e-3, "unet_learning_rate": 3e-4,
@@ -45,12 +52,18 @@ MADE = ("was made by running this graph on a small model of drawings, which this
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Remakes the thumbnails of the example workflows.")
-    parser.add_argument("--steps", type=int, default=demo.OWN["steps"])
-    parser.add_argument("--cfg", type=float, default=demo.OWN["cfg"])
+    parser.add_argument("workflows", nargs="*", type=existing_workflow, metavar="WORKFLOW",
+                        help="its name (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training-steps", type=int, default=400)
     parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)  # set in the Python that runs ComfyUI
     return parser.parse_args()
+
+
+def existing_workflow(name: str) -> str:
+    if not (EXAMPLES / f"{name}.json").is_file():
+        raise argparse.ArgumentTypeError(f"there is no workflow {name}")
+    return name
 
 
 def drawing_of(name: str):
@@ -78,6 +91,13 @@ def put_drawing(name: str, repaint: bool, folder: Path) -> str:
     return path.name
 
 
+def put_small(name: str, folder: Path) -> str:
+    """Save the drawing of this name a quarter as wide and high."""
+    from PIL import Image
+    Image.fromarray(drawing_of(name)).reduce(4).save(folder / "small.png")
+    return "small.png"
+
+
 def put_sheet(names: list[str], folder: Path) -> str:
     """Save the four drawings of these names in two rows, small, to be enlarged to twice their width and height."""
     import numpy as np
@@ -97,34 +117,35 @@ def put_training(drawings, captions: list[str], folder: Path) -> None:
         (folder / TRAINING / f"{index}.txt").write_text(caption, encoding="utf-8")
 
 
-def skip(prompt: dict, node: str, name: str) -> None:
-    """Take a node out of an API graph; its first output becomes what comes into its input of this name."""
-    source = prompt.pop(node)["inputs"][name]
-    for other in prompt.values():
-        other["inputs"] = {key: source if value == [node, 0] else value for key, value in other["inputs"].items()}
-
-
 def on_small_model(prompt: dict, options: argparse.Namespace, files: list[str], texts: list[str]) -> dict:
     """The API graph of a workflow on the small model: a file for each picture to load, a text for each prompt."""
     from demo_model import provide
+    from demo_model.bases import BASES
     width, height = demo.OWN["size"]
     count, files, texts = len(files), itertools.cycle(files), itertools.cycle(texts)
-    sampling = {"steps": options.steps, "cfg": options.cfg, "seed": options.seed}
+    kinds = {values["class_type"] for values in prompt.values()}
+    base = BASES["sd3" if "EmptySD3LatentImage" in kinds else "sd15"]
+    sampling = SAMPLING[base.name] | {"seed": options.seed}
+
+    def own(name: str, part: str) -> str:
+        """The small model's file for one of a control's two."""
+        control = next((control for control in CONTROLS if control in name.replace("-", "_")), "mask")
+        return f"{base.prefix}{control}_{part}.safetensors"
+
     photo = next(node for node, values in prompt.items() if values["class_type"] == "LoadImage")
     # LoadImage's mask is where a picture is transparent
     prompt["figure_mask"] = {"class_type": "InvertMask", "inputs": {"mask": [photo, 1]}}
     prompt["figure"] = {"class_type": "MaskToImage", "inputs": {"mask": ["figure_mask", 0]}}
-    kinds = {values["class_type"] for values in prompt.values()}
     for node, values in list(prompt.items()):
         kind, inputs = values["class_type"], values["inputs"]
         if kind == "LoadImage":
             inputs["image"] = next(files)
         elif kind == "CheckpointLoaderSimple":
-            inputs["ckpt_name"] = provide.CHECKPOINT
+            inputs["ckpt_name"] = base.checkpoint
         elif kind == "ControlNeXtLoader":
-            inputs["controlnext_name"] = provide.CANNY if "canny" in inputs["controlnext_name"] else provide.MASK
+            inputs["controlnext_name"] = own(inputs["controlnext_name"], "controlnet")
         elif kind == "ControlNeXtUNetLoader":
-            inputs["unet_name"] = provide.CANNY_UNET if "canny" in inputs["unet_name"] else provide.MASK_UNET
+            inputs["unet_name"] = own(inputs["unet_name"], "unet")
         elif kind == "ControlNeXtApply":
             # the released mask control has none, ours does
             if not kinds & {"ControlNeXtUNetLoader", "ControlNeXtTrain"}:
@@ -133,8 +154,10 @@ def on_small_model(prompt: dict, options: argparse.Namespace, files: list[str], 
                 inputs["model"] = ["unet_weights", 0]
         elif kind == "LoraLoader":
             inputs["lora_name"] = provide.LORA
-        elif kind == "ImageScaleToTotalPixels":
-            skip(prompt, node, "image")
+        elif kind == "ImageScaleToTotalPixels":  # which makes no picture as small as these
+            values["class_type"] = "ImageScale"
+            values["inputs"] = {"image": inputs["image"], "upscale_method": inputs["upscale_method"], "width": width,
+                                "height": height, "crop": "disabled"}
         elif kind == "ImageScale":
             inputs |= {"width": width, "height": height}
         elif kind == "EmptyLatentImage" and not isinstance(inputs["width"], list):  # side by side
@@ -207,45 +230,72 @@ def poses(columns: int, rows: int):
     return picture
 
 
-def prompts(url: str) -> dict[str, dict]:
-    """{workflow: its API graph, as the frontend makes it of the file}, of those whose nodes ComfyUI has."""
+def photograph_graph(page, group: int, path: Path) -> None:
+    """The graph on the canvas from its group of this index on, as much as fits a square."""
+    from PIL import Image
+    page.evaluate("""index => {
+        const {pos: [left, top], size: [, height]} = app.graph.groups[index]
+        app.canvas.deselectAll()
+        app.canvas.ds.scale = 800 / height
+        app.canvas.ds.offset = [200 / app.canvas.ds.scale - left, 120 / app.canvas.ds.scale - top]
+        app.canvas.setDirty(true, true)
+    }""", group)
+    page.wait_for_timeout(800)
+    page.screenshot(path=path, type="jpeg", quality=95, clip={"x": 200, "y": 120, "width": 800, "height": 800})
+    Image.open(path).resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(path, quality=88)
+
+
+def prompts(url: str, workflows: list[str]) -> dict[str, dict]:
+    """{workflow: its API graph, as the frontend makes it of the file}, of those whose nodes ComfyUI has.
+
+    Of GRAPHS the thumbnail is made here, where the graph is on the canvas.
+    """
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         page = pictures.open_page(playwright, url)
         known = set(page.evaluate("() => Object.keys(LiteGraph.registered_node_types)"))
         graphs = {}
-        for workflow in [*DRAWINGS, *SHEETS]:
+        for workflow in workflows:
             graph = json.loads((EXAMPLES / f"{workflow}.json").read_text(encoding="utf-8"))
             missing = {node["type"] for node in graph["nodes"]} - known
             if missing:
                 print(f"{workflow}: its thumbnail stays as it is, for want of {', '.join(missing)}", flush=True)
                 continue
             page.evaluate("async graph => app.loadGraphData(graph)", graph)
-            graphs[workflow] = page.evaluate("async () => (await app.graphToPrompt()).output")
+            if workflow in GRAPHS:
+                photograph_graph(page, GRAPHS[workflow], EXAMPLES / f"{workflow}.jpg")
+            else:
+                graphs[workflow] = page.evaluate("async () => (await app.graphToPrompt()).output")
         return graphs
 
 
 def run(options: argparse.Namespace) -> None:
     import comfy_client
+    from PIL import Image
 
     from demo_model import provide
     from demo_model.world import load_world
+    chosen = options.workflows or sorted(file.stem for file in EXAMPLES.glob("*.json"))
     base = environment.base_directory(environment.cache_folder() / "base")
     provide.provide(options.comfyui, base / "models")
-    drawings = load_world(environment.cache_folder() / "demo_model")
-    put_training(drawings.drawings[drawings.training], [drawings.captions[index] for index in drawings.training],
-                 base / "input")
+    if "Train ControlNeXt" in chosen:
+        drawings = load_world(environment.cache_folder() / "demo_model")
+        put_training(drawings.drawings[drawings.training], [drawings.captions[index] for index in drawings.training],
+                     base / "input")
+    Image.fromarray(drawing_of("cat face")).save(base / "input" / "example.png")  # what the files load, for GRAPHS
     device = ("--cpu",) if demo.needs_cpu_option() else ()
     with comfy_client.running_server(options.comfyui, base, options=device) as url:
-        for workflow, prompt in prompts(url).items():
+        for workflow, prompt in prompts(url, [name for name in chosen if name not in POSES]).items():
             if workflow in SHEETS:
                 files, texts = [put_sheet(SHEETS[workflow], base / "input")], [""]
+            elif workflow in SMALL:
+                files, texts = [put_small(SMALL[workflow], base / "input")], [SMALL[workflow]]
             else:
                 texts = DRAWINGS[workflow]
                 files = [put_drawing(name, workflow == "Inpaint with Control", base / "input") for name in texts]
             prompt = on_small_model(prompt, options, files, texts)
             outputs = comfy_client.run_graph(url, prompt)
-            if workflow in ("Compare", "Train ControlNeXt"):
+            if workflow in ("Compare", "Train ControlNeXt", *SMALL):
                 keys = ("a_images", "b_images")
                 result = halves(*(shown(outputs, prompt, base, "ImageCompare", key)[0] for key in keys))
             else:
@@ -256,9 +306,8 @@ def run(options: argparse.Namespace) -> None:
             file = EXAMPLES / f"{workflow}.json"
             file.write_text(file.read_text(encoding="utf-8").replace(NOT_MADE, MADE), encoding="utf-8", newline="\n")
             print(workflow, flush=True)
-    poses(1, 1).save(EXAMPLES / "SD1.5 Pose.jpg", quality=88)
-    poses(3, 1).save(EXAMPLES / "SVD Pose Video.jpg", quality=88)
-    poses(3, 2).save(EXAMPLES / "SVD Long Pose Video.jpg", quality=88)
+    for workflow in POSES.keys() & set(chosen):
+        poses(*POSES[workflow]).save(EXAMPLES / f"{workflow}.jpg", quality=88)
 
 
 if __name__ == "__main__":
