@@ -8,7 +8,7 @@ Sets up ComfyUI and its Python environment on the first call (environment.py), s
     LoadImage -> ControlNeXtCanny ----------------------->+
     ControlNeXtLoader ----------------------------------->+
 
-through its HTTP interface. Without --checkpoint and --controlnext the project's own small model draws (demo_model).
+through its HTTP interface. Without --checkpoint and --controlnext the project's own small SD3 draws (demo_model).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import environment
 
 # What is sampled by default: with the project's own model, which knows drawings of this size by short names, and with
 # a given one.
-OWN = {"prompt": "cat face", "negative": "", "size": (96, 96), "steps": 20, "cfg": 2.0}
+OWN = {"prompt": "cat face", "negative": "", "size": (96, 96), "steps": 16, "cfg": 2.0}
 GIVEN = {"prompt": "a cat, oil painting", "negative": "blurry, low quality", "size": (512, 512), "steps": 20,
          "cfg": 7.0}
 DRAWING = "cat face"  # by default; the model's training did not see it
@@ -35,7 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Samples a picture under the control of another's edges, in a "
                                                  "real ComfyUI that is set up on the first call.")
     parser.add_argument("--checkpoint", type=existing_file, metavar="FILE",
-                        help="an SD1.5 or SDXL checkpoint (default: the project's own small model of drawings)")
+                        help="an SD1.5, SDXL or SD3 checkpoint (default: the project's own small SD3 of drawings)")
     parser.add_argument("--controlnext", type=existing_file, metavar="FILE", help="a ControlNeXt model for it")
     parser.add_argument("--unet-weights", type=existing_file, metavar="FILE", help="the UNet weights that came with it")
     parser.add_argument("--image", type=existing_file, metavar="FILE",
@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="of the picture, multiples of 8 (default: 96x96; 512x512)")
     parser.add_argument("--steps", type=int, help=f"of the sampler (default: {OWN['steps']}; {GIVEN['steps']})")
     parser.add_argument("--cfg", type=float, help=f"(default: {OWN['cfg']:g}; {GIVEN['cfg']:g})")
-    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=6)
     parser.add_argument("--strength", type=float, default=1.0, help="of the control; 0 is off")
     parser.add_argument("--port", type=int, default=0, help="of the server (default: any free one)")
     parser.add_argument("--keep-open", action="store_true", help="leave the server running for a browser until Ctrl+C")
@@ -97,7 +97,7 @@ def main_job(checkpoint: str, controlnext: str, image: str, *, size: tuple[int, 
         "latent": node("EmptyLatentImage", width=width, height=height, batch_size=1),
         "sample": node("KSampler", model=["apply", 0], positive=["positive", 0], negative=["negative", 0],
                        latent_image=["latent", 0], seed=seed, steps=steps, cfg=cfg, sampler_name="euler",
-                       scheduler="normal", denoise=1.0),
+                       scheduler="simple", denoise=1.0),
         "decode": node("VAEDecode", samples=["sample", 0], vae=["checkpoint", 2]),
         "save": node("SaveImage", images=["decode", 0], filename_prefix="controlnext_demo"),
     }
@@ -153,10 +153,11 @@ def files_for_job(options: argparse.Namespace, models: Path) -> dict[str, str | 
                 "controlnext": put_weights(options.controlnext, models / "controlnext"),
                 "unet_weights": options.unet_weights and put_weights(options.unet_weights, models / "controlnext")}
     from demo_model import provide
-    print("Without --checkpoint and --controlnext the project's own small model draws. It knows drawings of animals, "
+    print("Without --checkpoint and --controlnext the project's own small SD3 draws. It knows drawings of animals, "
           "food and things at 96x96 pixels.", flush=True)
     provide.provide(options.comfyui, models)
-    return {"checkpoint": provide.CHECKPOINT, "controlnext": provide.CANNY, "unet_weights": provide.CANNY_UNET}
+    return {"checkpoint": provide.SD3_CHECKPOINT, "controlnext": provide.SD3_CANNY,
+            "unet_weights": provide.SD3_CANNY_UNET}
 
 
 def prepare_job(options: argparse.Namespace, base: Path) -> tuple[dict, Path]:

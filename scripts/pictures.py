@@ -7,6 +7,7 @@ Needs Chromium on PATH.
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -143,7 +144,6 @@ def photograph_nodes(page, nodes: dict[str, str]) -> None:
 def run(options) -> None:
     import comfy_client
     import numpy as np
-    import stand_in
     from PIL import Image
     from playwright.sync_api import sync_playwright
 
@@ -151,42 +151,42 @@ def run(options) -> None:
     from demo_model import provide
     README.mkdir(exist_ok=True)
     base = environment.base_directory(environment.cache_folder() / "base")
-    photo = Image.open(demo.put_photo(options.image, options.size, base / "input")).convert("RGB")
+    job, file = demo.prepare_job(options, base)
+    photo = Image.open(file).convert("RGB")
     edges = Image.fromarray(canny(np.array(photo)))
     large = (512, 512 * photo.height // photo.width)
     save_row([photo.resize(large), edges.resize(large, Image.Resampling.NEAREST)], ["image", "ControlNeXt Canny"],
              DOCS / "ControlNeXtCanny" / "picture.jpg")
-    graph, _ = demo.prepare_job(options, base)
-    for make in (provide, stand_in):
-        make.provide(options.comfyui, base / "models")
+    graph = copy.deepcopy(job)
     graph["apply"]["inputs"]["end_percent"] = 0.8
     graph["control_net"] = {"class_type": "ControlNeXtToControlNet", "inputs": {"controlnext": ["controlnext", 0]}}
     graph["lora"] = {"class_type": "ControlNeXtSaveAsLoRA", "inputs": {
-        "unet_name": provide.CANNY_UNET, "model": ["checkpoint", 0], "filename_prefix": "loras/ControlNeXt", "rank": 0}}
-    # the project's own model has no place where training for SD1.5 adds control
-    graph["stand_in"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": stand_in.CHECKPOINT}}
-    graph["small"] = {"class_type": "ImageScale", "inputs": {
-        "image": ["photo", 0], "upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}}
-    graph["latents"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["small", 0], "vae": ["stand_in", 2]}}
+        "unet_name": provide.SD3_CANNY_UNET, "model": ["checkpoint", 0], "filename_prefix": "loras/ControlNeXt",
+        "rank": 0}}
+    graph["latents"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["photo", 0], "vae": ["checkpoint", 2]}}
     graph["train"] = {"class_type": "ControlNeXtTrain", "inputs": {
-        "model": ["stand_in", 0], "latents": ["latents", 0], "conditioning": ["positive", 0], "images": ["small", 0],
+        "model": ["checkpoint", 0], "latents": ["latents", 0], "conditioning": ["positive", 0], "images": ["edges", 0],
         "steps": 4, "training_dtype": "fp32", "gradient_checkpointing": False, "preview_every": 0}}
     graph["saved"] = {"class_type": "ControlNeXtSave", "inputs": {
         "controlnext": ["train", 0], "filename_prefix": "controlnext/ControlNeXt"}}
     device = ("--cpu",) if demo.needs_cpu_option() else ()
-    with comfy_client.running_server(options.comfyui, base, options=device) as url, sync_playwright() as playwright:
-        page = open_page(playwright, url)
-        page.evaluate("graph => app.loadApiJson(graph, 'pictures')", graph)
-        page.wait_for_timeout(1000)
-        page.get_by_test_id("queue-button").click()
-        page.wait_for_function("() => ['save', 'lora', 'saved'].every(id => app.nodeOutputs[id])", timeout=600_000)
-        page.wait_for_timeout(3000)  # the pictures on the nodes, and the message that the run is over
-        photograph_nodes(page, {"controlnext": "ControlNeXtLoader", "apply": "ControlNeXtApply",
-                                "control_net": "ControlNeXtToControlNet",
-                                "unet_weights": "ControlNeXtUNetLoader", "lora": "ControlNeXtSaveAsLoRA",
-                                "train": "ControlNeXtTrain", "saved": "ControlNeXtSave"})
-        photograph_graph(page, README / "graph.jpg")
-        photograph_error(page, graph, provide.CANNY_UNET, README / "error.jpg")
+    with comfy_client.running_server(options.comfyui, base, options=device) as url:
+        with sync_playwright() as playwright:
+            page = open_page(playwright, url)
+            page.evaluate("graph => app.loadApiJson(graph, 'pictures')", graph)
+            page.wait_for_timeout(1000)
+            page.get_by_test_id("queue-button").click()
+            page.wait_for_function("() => ['save', 'lora', 'saved'].every(id => app.nodeOutputs[id])", timeout=600_000)
+            page.wait_for_timeout(3000)  # the pictures on the nodes, and the message that the run is over
+            photograph_nodes(page, {"controlnext": "ControlNeXtLoader", "apply": "ControlNeXtApply",
+                                    "control_net": "ControlNeXtToControlNet",
+                                    "unet_weights": "ControlNeXtUNetLoader", "lora": "ControlNeXtSaveAsLoRA",
+                                    "train": "ControlNeXtTrain", "saved": "ControlNeXtSave"})
+            photograph_graph(page, README / "graph.jpg")
+            photograph_error(page, graph, provide.CANNY_UNET, README / "error.jpg")
+        outputs = comfy_client.run_graph(url, job)  # an event loop of its own
+    shown = (demo.image_path(base, outputs[node]) for node in ("show_edges", "save"))
+    demo.save_side_by_side(file, *shown, README / "demo.jpg")
     reference = person((144, 300), 370)
     dance = [person((110, 350), 240, raised=raised) for raised in (0, .5)]
     save_row(draw([reference, dance[1], aligned(dance, reference)[1]]), ["reference", "keypoints: a frame", "aligned"],
