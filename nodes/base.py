@@ -1,32 +1,10 @@
 """What a ControlNeXt is for a connected MODEL: its family, place and gains, or one sentence on why it does not fit."""
 
-import comfy.model_base
-from comfy.ldm.chroma.model import Chroma
-from comfy.ldm.flux.model import Flux
-from comfy.ldm.lumina.model import NextDiT
-from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
-from comfy.ldm.wan.model import WanModel
 from comfy_api.latest import io
 
 from ..controlnext_core.families import BASE_NAMES, Family, either, listed, resolve
 from .model import ControlNeXt
-from .places import PLACES, Place, places_of
-
-# ComfyUI's classes of the denoiser and of the model around it -> base; the first row that fits speaks
-BASES = (
-    (UNetModel, comfy.model_base.SVD_img2vid, "svd"),
-    (UNetModel, comfy.model_base.SDXL, "sdxl"),
-    (UNetModel, comfy.model_base.BaseModel, "sd15"),
-    (OpenAISignatureMMDITWrapper, comfy.model_base.SD3, "sd3"),
-    (Flux, comfy.model_base.Flux2, "flux2"),
-    (Flux, comfy.model_base.Flux, "flux"),
-    (Chroma, comfy.model_base.Chroma, "chroma"),
-    (QwenImageTransformer2DModel, comfy.model_base.QwenImage, "qwen_image"),
-    (NextDiT, comfy.model_base.Lumina2, "z_image"),
-    (WanModel, comfy.model_base.WAN21, "wan"),
-)
+from .places import PLACES, Place, base_of, places_of
 
 WHERE = ("Where control enters the UNet, or the tokens of a transformer such as SD3: at once or after a block. auto is "
          "where the model was trained to enter.")
@@ -51,13 +29,11 @@ def apply_to_input(whose: str = "") -> io.Input:
 
 def base_of_model(base_model) -> str:
     """The base (a key of ``BASE_NAMES``) of a MODEL. ValueError: it has none."""
-    denoiser = base_model.diffusion_model
-    kind = UNetModel if isinstance(denoiser, UNetModel) else type(denoiser)
-    for known, model, base in BASES:
-        if kind is known and isinstance(base_model, model):
-            return base
-    raise ValueError(f"model: ControlNeXt steers {listed(BASE_NAMES)} models; the connected MODEL is a "
-                     f"{type(base_model).__name__}, which is not supported yet.")
+    base = base_of(base_model)
+    if base is None:
+        raise ValueError(f"model: ControlNeXt steers {listed(BASE_NAMES)} models; the connected MODEL is a "
+                         f"{type(base_model).__name__}, which is not supported yet.")
+    return base
 
 
 def computes_in_few_bits(base_model) -> bool:

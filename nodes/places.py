@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import comfy.model_base
 import comfy.model_patcher
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.lumina.model import NextDiT
+from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
 
@@ -24,35 +26,46 @@ TOKEN_SLOT = "controlnext_tokens"  # of this pack alone: ComfyUI looks after wha
 
 @dataclass(frozen=True)
 class Transformer:
-    """Where a class of ComfyUI's transformers has what a place is read off; ComfyUI calls its blocks ``double_block``.
+    """What there is to know of a class of ComfyUI's transformers, whose blocks ComfyUI calls ``double_block``.
 
     Classes derived from it have other tokens, and no row.
 
     Attributes:
-        blocks: attribute with the blocks.
+        bases: {ComfyUI's class of the model around it: base}, the first one that fits speaks.
         width: attribute with the width of a token.
+        blocks: attribute with the blocks.
+        others: attributes with further blocks, where no control enters.
         refiner: attribute with the blocks before them that see the picture alone, in a transformer whose blocks cannot
             be replaced: control enters after the last of these, and after a block.
         fill: of ``Place``, for one of this class.
         images: of ``Place``.
+        adds_in_place: its blocks do, to what gradients need.
     """
 
-    blocks: str
+    bases: dict[type, str]
     width: str
+    blocks: str
+    others: tuple[str, ...] = ()
     refiner: str | None = None
     fill: Callable[[object], int | None] = lambda transformer: None
     images: int = 1
+    adds_in_place: bool = False
 
 
+UNET_BASES = {comfy.model_base.SVD_img2vid: "svd", comfy.model_base.SDXL: "sdxl", comfy.model_base.BaseModel: "sd15"}
 TRANSFORMERS = {
-    OpenAISignatureMMDITWrapper: Transformer("joint_blocks", "hidden_size"),
-    Flux: Transformer("double_blocks", "hidden_size"),
-    Chroma: Transformer("double_blocks", "hidden_size"),
-    QwenImageTransformer2DModel: Transformer("transformer_blocks", "inner_dim"),
-    NextDiT: Transformer("layers", "dim", "noise_refiner", lambda transformer: transformer.pad_tokens_multiple or 1),
-    # those of a reference picture stand before the video's in a model that has a layer for it
-    WanModel: Transformer("blocks", "dim", fill=lambda transformer: None if transformer.ref_conv is None else 1,
-                          images=4),
+    OpenAISignatureMMDITWrapper: Transformer({comfy.model_base.SD3: "sd3"}, "hidden_size", "joint_blocks"),
+    Flux: Transformer({comfy.model_base.Flux2: "flux2", comfy.model_base.Flux: "flux"}, "hidden_size", "double_blocks",
+                      ("single_blocks",), adds_in_place=True),
+    Chroma: Transformer({comfy.model_base.Chroma: "chroma"}, "hidden_size", "double_blocks", ("single_blocks",),
+                        adds_in_place=True),
+    QwenImageTransformer2DModel: Transformer({comfy.model_base.QwenImage: "qwen_image"}, "inner_dim",
+                                             "transformer_blocks"),
+    NextDiT: Transformer({comfy.model_base.Lumina2: "z_image"}, "dim", "layers", ("context_refiner",), "noise_refiner",
+                         lambda transformer: transformer.pad_tokens_multiple or 1),
+    # tokens of a reference picture stand before the video's in a model that has a layer for it
+    WanModel: Transformer({comfy.model_base.WAN21: "wan"}, "dim", "blocks",
+                          fill=lambda transformer: None if transformer.ref_conv is None else 1, images=4),
 }
 AFTER_SLOTS = ("noise_refiner", "double_block")  # ComfyUI's own, after a block
 # what nodes offer: of a transformer the first third of the longest, control that enters later has little left to steer
@@ -75,6 +88,24 @@ class Place:
     halvings: int
     fill: int | None = None
     images: int = 1
+
+
+def base_of(base_model) -> str | None:
+    """The base (a key of ``BASE_NAMES``) of a MODEL, None for another one."""
+    denoiser = base_model.diffusion_model
+    if isinstance(denoiser, UNetModel):
+        bases = UNET_BASES
+    else:
+        bases = TRANSFORMERS[type(denoiser)].bases if type(denoiser) in TRANSFORMERS else {}
+    return next((base for kind, base in bases.items() if isinstance(base_model, kind)), None)
+
+
+def blocks_of(denoiser) -> list:
+    """The layers of a denoiser that take most of a training's memory."""
+    if isinstance(denoiser, UNetModel):
+        return [layer for layer in denoiser.modules() if isinstance(layer, (ResBlock, SpatialTransformer))]
+    row = TRANSFORMERS[type(denoiser)]
+    return [block for name in (row.blocks, row.refiner, *row.others) if name for block in getattr(denoiser, name)]
 
 
 def images_a_frame(denoiser) -> int:

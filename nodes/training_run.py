@@ -9,13 +9,6 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
-from comfy.ldm.lumina.model import JointTransformerBlock
-from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
-from comfy.ldm.qwen_image.model import QwenImageTransformerBlock
-from comfy.ldm.wan.model import WanAttentionBlock
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -35,14 +28,11 @@ from ..controlnext_core.training import (
 from ..controlnext_core.unet_keys import Target
 from .control import RESIZING, Forward, images_of
 from .injection import add_control
-from .places import Place
+from .places import TRANSFORMERS, Place, blocks_of
 from .teacher import Teacher
 from .training_data import Samples
 
 PREFIX = "diffusion_model."
-BLOCKS = (ResBlock, SpatialTransformer, JointBlock, DoubleStreamBlock, SingleStreamBlock, QwenImageTransformerBlock,
-          JointTransformerBlock, WanAttentionBlock)
-ADDING_IN_PLACE = (DoubleStreamBlock, SingleStreamBlock)  # of Flux and Chroma
 PREVIEW_STEPS = 12
 PREDICTIONS = ((comfy.model_sampling.CONST, "flow"), (comfy.model_sampling.V_PREDICTION, "v"),
                (comfy.model_sampling.EPS, "epsilon"))
@@ -102,9 +92,11 @@ def trainable_clone(model, control: TrainingControl, differences: dict[Target, t
                 clone.add_object_patch(key, torch.nn.Parameter(weight.clone(), requires_grad=False))
     for target, difference in differences.items():
         clone.add_weight_wrapper(PREFIX + target.key, _adder(control, target, difference))
+    denoiser = clone.model.diffusion_model
+    blocks, row = set(blocks_of(denoiser)), TRANSFORMERS.get(type(denoiser))
     for name, layer in clone.model.named_modules():
-        if isinstance(layer, BLOCKS):
-            forward = _out_of_place(layer.forward) if isinstance(layer, ADDING_IN_PLACE) else layer.forward
+        if layer in blocks:
+            forward = _out_of_place(layer.forward) if row and row.adds_in_place else layer.forward
             clone.add_object_patch(f"{name}.forward", _checkpointed(forward) if checkpointing else forward)
     return clone
 
