@@ -39,6 +39,10 @@ BASE_SETTINGS = {
     },
     "sd3": {"unet_pattern": "to_out", "inject_at": "tokens", "min_snr_gamma": 0.0},
 }
+KIND_SETTINGS = {
+    # a token stands for 16 x 16 pixels, whose detail the feed-forward layers alone work out of what control brings
+    "super_resolution": {"unet_pattern": r"to_out|\.ff\.", "ema": 0.999},
+}
 
 
 def dataset(run: Callable, world: World, base: Base, kind: str, file: Path) -> dict:
@@ -85,8 +89,8 @@ def train(run: Callable, folder: Path, world: World, base: Base, kind: str, step
     output, name = folder / "output", f"{base.name}_{kind}"
     narrow = new_module(FAMILIES[base.name], **WIDTHS, out=base.width).state_dict()
     save_file(narrow, folder / "models" / "controlnext" / NARROW)
-    settings = SETTINGS | BASE_SETTINGS[base.name] | {"steps": steps, "filename_prefix": name,
-                                                      "super_resolution": kind == "super_resolution"}
+    settings = SETTINGS | BASE_SETTINGS[base.name] | KIND_SETTINGS.get(kind, {}) | {
+        "steps": steps, "filename_prefix": name, "super_resolution": kind == "super_resolution"}
     kept = output.glob(f"controlnext_training/{name}_*.pt")
     if latest := max(kept, key=lambda file: file.stat().st_mtime, default=None):
         settings["resume_from"] = latest.name
