@@ -37,12 +37,15 @@ BASE_SETTINGS = {
         "inject_at": "conv_in",
         "min_snr_gamma": 0.1,  # low, for control is about where things are, which is settled while noise prevails
     },
-    "sd3": {"unet_pattern": "to_out", "inject_at": "tokens", "min_snr_gamma": 0.0},
+    "sd3": {
+        # a token stands for 16 x 16 pixels, whose detail the feed-forward layers alone work out of what control brings
+        "unet_pattern": r"to_out|\.ff\.",
+        "inject_at": "tokens",
+        "min_snr_gamma": 0.0,
+        "ema": 0.998,
+    },
 }
-KIND_SETTINGS = {
-    # a token stands for 16 x 16 pixels, whose detail the feed-forward layers alone work out of what control brings
-    "super_resolution": {"unet_pattern": r"to_out|\.ff\.", "ema": 0.999},
-}
+KIND_SETTINGS = {"super_resolution": {"ema": 0.999}}
 
 
 def dataset(run: Callable, world: World, base: Base, kind: str, file: Path) -> dict:

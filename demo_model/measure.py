@@ -52,7 +52,7 @@ class Demonstration:
 
     def larger(self, pictures: torch.Tensor) -> torch.Tensor:
         """An IMAGE at four times its size, by bicubic interpolation."""
-        return self.run("ImageScaleBy", image=pictures, upscale_method="bicubic", scale_by=4.0)
+        return self.run("ImageScaleBy", image=pictures, upscale_method="bicubic", scale_by=4.0).clamp(0, 1)
 
     def controlled(self, kind: str, controls: np.ndarray | torch.Tensor, strength: float, model=None):
         """A MODEL under control, a picture of the batch for each of (N, H, W) bool or of an IMAGE."""
