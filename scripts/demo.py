@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="of the picture, multiples of 8 (default: 96x96; 512x512)")
     parser.add_argument("--steps", type=int, help=f"of the sampler (default: {OWN['steps']}; {GIVEN['steps']})")
     parser.add_argument("--cfg", type=float, help=f"(default: {OWN['cfg']:g}; {GIVEN['cfg']:g})")
-    parser.add_argument("--seed", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--strength", type=float, default=1.0, help="of the control; 0 is off")
     parser.add_argument("--port", type=int, default=0, help="of the server (default: any free one)")
     parser.add_argument("--keep-open", action="store_true", help="leave the server running for a browser until Ctrl+C")
