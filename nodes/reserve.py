@@ -29,6 +29,6 @@ def prepare(executor, needs: list[tuple[int, int]], model, noise_shape, conds: d
         needs: ``LoadedModule.memory`` of each; they run one after the other.
     """
     needed = max(running for running, _ in needs) + sum(staying for _, staying in needs)
-    real_model, prepared, models = executor(model, noise_shape, {**conds, KEY: [{"control": Reserve(needed)}]}, *args,
-                                            **kwargs)
+    conds = {**conds, KEY: [*conds.get(KEY, ()), {"control": Reserve(needed)}]}  # beside what the other route tells
+    real_model, prepared, models = executor(model, noise_shape, conds, *args, **kwargs)
     return real_model, {name: entries for name, entries in prepared.items() if name != KEY}, models

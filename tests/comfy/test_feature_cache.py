@@ -221,7 +221,7 @@ def test_threads_that_share_a_control_get_what_each_gets_alone(pack, apply, unet
     half, forward = pack("nodes.control").Half, pack("nodes.control").Forward
     options = apply(unets["sd15"], controlnexts["sd15"], picture(91, 2)).model_options["transformer_options"]
     control, = options["patches"]["input_block_patch_after_skip"][0].controls
-    calls = [forward(5.0, (at, at), (half(True, None), half(False, None)), (size, size), (size, size), (0, 1), 2,
+    calls = [forward(5.0, (at, at), (half(True, None), half(False, None)), (size, size), (size, size), (0, 1), 2, 2,
                      torch.float32, torch.device("cpu")) for at in (900.0, 20.0) for size in (6, 10)]
 
     def features(call) -> torch.Tensor:

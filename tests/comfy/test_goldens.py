@@ -15,7 +15,7 @@ BASES = {"sd15": ("sd15", "sd15_mid"), "sdxl": ("sdxl",), "svd": ("svd", "svd_pa
 BOUND = {"sd15": 5e-5, "sdxl": 5e-5, "svd": 1e-4}
 
 
-@pytest.fixture(scope="module", params=[pytest.param("sd15", marks=pytest.mark.versions), "sdxl", "svd"])
+@pytest.fixture(scope="module", params=["sd15", "sdxl", "svd"])
 def base(request):
     return request.param
 

@@ -88,14 +88,15 @@ def test_on_a_model_it_is_told_beside_what_the_sampling_itself_needs(apply, unet
 @pytest.mark.parametrize("base", ["sd15", "wan"])
 def test_on_conditionings_the_same_is_told_whatever_the_size_of_the_image(apply, hang, unets, controlnexts, wan, asked,
                                                                         base):
-    """Of two in a row, too."""
+    """Of two in a row and of one by each route, too."""
     model, controlnext = wan if base == "wan" else (unets[base], controlnexts[base])
     first, second = picture(1, 5, 32, 32), picture(2)
     by_model = apply(apply(model, controlnext, first), controlnext, second)
     hung = hang(controlnext, second, *hang(controlnext, first, *conds(model)))
-    for one, prompts in ((model, conds(model)), (by_model, conds(model)), (model, hung)):
+    by_both = apply(model, controlnext, first), hang(controlnext, second, *conds(model))
+    for one, prompts in ((model, conds(model)), (by_model, conds(model)), (model, hung), by_both):
         sample(one, *prompts, latent(base), steps=1)
-    assert asked[2] == asked[1] > asked[0]
+    assert asked[3] >= asked[2] == asked[1] > asked[0]
 
 
 def out_of_memory(times: int, forward):
