@@ -72,7 +72,8 @@ def unet_model(base: str, dtype=torch.float32, device=None, **changes) -> comfy.
 
 
 def _patcher(model_config, dtype, device) -> comfy.model_patcher.ModelPatcher:
-    model_config.set_inference_dtype(dtype, None)
+    # what 8 bits hold is computed in more
+    model_config.set_inference_dtype(dtype, torch.float32 if dtype.itemsize == 1 else None)
     model = model_config.get_model({}, device=device)
     return comfy.model_patcher.CoreModelPatcher(model, comfy.model_management.get_torch_device(),
                                                 comfy.model_management.unet_offload_device())
