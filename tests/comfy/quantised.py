@@ -102,7 +102,8 @@ def load(form: str, weights: dict, run, models_folder) -> tuple:
         folder.mkdir(exist_ok=True)
         save_file(weights, folder / "base.safetensors")
         model = run("UNETLoader", unet_name="base.safetensors", weight_dtype=form)
-        return model, {key: value.float() for key, value in model.model.diffusion_model.state_dict().items()}
+        kept = model.model.diffusion_model.state_dict()
+        return model, {key: value.to(kept[key].dtype).float() for key, value in weights.items()}
     if form == "gguf":
         options, stored = {"custom_operations": Ggml}, dict(weights)
         exact = {key: in_levels(value) if value.ndim == 2 else value for key, value in weights.items()}

@@ -30,7 +30,10 @@ def quantised(request, run, models_folder, weights):
     """(the MODEL that ComfyUI's loader makes of a quantised state dict, a MODEL of the same weights in float32)."""
     model, exact = load(request.param, weights, run, models_folder)
     weight = dict(model.model.diffusion_model.named_parameters())[KEY]
-    assert isinstance(weight, QuantizedTensor) or weight.dtype.itemsize == 1
+    if request.param.startswith("fp8"):
+        assert weight.dtype == getattr(torch, request.param.replace("fp8", "float8"))
+    else:
+        assert isinstance(weight, QuantizedTensor)
     plain = known_unet()
     plain.model.diffusion_model.load_state_dict(exact)
     return model, plain
