@@ -45,7 +45,7 @@ BASE_SETTINGS = {
         "ema": 0.998,
     },
 }
-KIND_SETTINGS = {"super_resolution": {"ema": 0.999}}
+KIND_SETTINGS = {"super_resolution": {"ema": 0.999}}  # the longer the training, the longer the average
 
 
 def dataset(run: Callable, world: World, base: Base, kind: str, file: Path) -> dict:

@@ -20,7 +20,6 @@ import environment
 
 OLDER_VERSIONS = {"0.24.0": "versions", "0.16.3": "versions and not curve_editor"}  # the tests that it runs
 WORKERS = 3  # each with a real ComfyUI, one of them often waiting for a server; with the older ones' up to 18 GB
-FOLDERS = ("tests/server", "tests/comfy", "tests/core")
 
 
 def main() -> int:
@@ -29,9 +28,8 @@ def main() -> int:
     checks, behind = [(f"pytest on {comfyui}", comfyui, [*pytest, *sys.argv[1:]])], []
     if not sys.argv[1:]:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
-        # Whole files go to a worker, so that what a file makes once is made once; those that wait for a server first,
-        # while others keep the processor busy.
-        shared = ["-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder", *FOLDERS]
+        # Whole files go to a worker, so that what a file makes once is made once, in the order of pyproject.toml.
+        shared = ["-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder"]
         checks = [("ruff", comfyui, [python, "-m", "ruff", "check", "."]),
                   (f"pytest on {comfyui}", comfyui, [*pytest, *shared])]
         if not os.environ.get("COMFYUI_PATH"):
