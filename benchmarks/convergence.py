@@ -13,6 +13,8 @@ of all seeds of which every kind is.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import world
 
@@ -21,8 +23,51 @@ LEARNING_RATE, UNET_LEARNING_RATE = 1e-3, 3e-4
 SNR_LIMIT, DROPPED_CAPTIONS, SWAPPED_CAPTIONS = 1.0, 0.3, 0.3  # of demo_model/denoiser.py's loss
 DRAWINGS, SAMPLING_STEPS, SEED = 32, 10, 1
 SEEDS = (0, 1, 2)
-LABELS = {"cross": "ControlNeXt, cross normalization", "zero": "ControlNeXt, zero convolution",
-          "controlnet": "ControlNet, copied encoder", "distilled": "ControlNeXt, taught by the ControlNet"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is trained, and how.
+
+    Attributes:
+        label: in the table and the picture.
+        net: cross or zero of ControlNeXt, or controlnet.
+        rate, unet_rate: times the learning rates.
+        learned_gain: cross normalization's features are added times a number that is trained, from 1 on.
+        pattern: of the UNet weights that are trained along, diffusers' names; None for the demonstration's own.
+        taught: a ControlNet's predictions are to be met, not the noise.
+        matched: so are what the UNet's decoder gets, skip connections and all, which is where a ControlNet adds.
+    """
+
+    label: str
+    net: str
+    rate: float = 1.0
+    unet_rate: float = 1.0
+    learned_gain: bool = False
+    pattern: str | None = None
+    taught: bool = False
+    matched: bool = False
+
+
+KINDS = {
+    "cross": Kind("ControlNeXt, cross normalization", "cross"),
+    "zero": Kind("ControlNeXt, zero convolution", "zero"),
+    "controlnet": Kind("ControlNet, copied encoder", "controlnet"),
+    "distilled": Kind("ControlNeXt, taught by the ControlNet", "cross", taught=True),
+    "cross_unet": Kind("cross normalization, the whole UNet trained", "cross", pattern=""),
+    "distilled_unet": Kind("taught, the whole UNet trained", "cross", taught=True, pattern=""),
+}
+# what explains where those end, on the first seed
+VARIATIONS = {
+    "cross_gain": Kind("cross normalization, gain learned", "cross", learned_gain=True),
+    "cross_module_rate": Kind("cross normalization, module's rate x 3", "cross", rate=3),
+    "cross_unet_rate": Kind("cross normalization, UNet's rate x 3", "cross", unet_rate=3),
+    "zero_unet_rate": Kind("zero convolution, UNet's rate x 3", "zero", unet_rate=3),
+    "zero_unet": Kind("zero convolution, the whole UNet", "zero", pattern=""),
+    "distilled_matched": Kind("taught, and its features matched", "cross", taught=True, matched=True),
+    "distilled_zero": Kind("taught, zero convolution", "zero", taught=True),
+}
+ALL = KINDS | VARIATIONS
 
 
 def new_controlnet(unet):
@@ -43,13 +88,14 @@ def new_controlnet(unet):
     return net
 
 
-def controlled(kind: str, unet, seed: int):
+def controlled(kind: Kind, unet, seed: int):
     """A model ``(x, timestep, caption, control image) -> noise`` and AdamW's parameter groups for it."""
     import torch
     from torch import nn
 
+    from controlnext_core.cross_normalization import add_controls
     from controlnext_core.families import FAMILIES
-    from controlnext_core.training import add_features, control_features, new_module, select_weights
+    from controlnext_core.training import control_features, new_module, select_weights
     from controlnext_core.unet_keys import diffusers_to_ldm
     from demo_model.control import BASE_SETTINGS, WIDTHS
 
@@ -58,23 +104,28 @@ def controlled(kind: str, unet, seed: int):
             super().__init__()
             self.unet, self.zero, self.family = unet.requires_grad_(False), zero, FAMILIES["sd15"]
             self.module = new_module(self.family, seed, zero, **WIDTHS)
+            self.gain = nn.Parameter(torch.ones(1), kind.learned_gain)
             names = diffusers_to_ldm(unet.state_dict())
-            trained = select_weights(names, BASE_SETTINGS["sd15"]["unet_pattern"]).values()
+            pattern = BASE_SETTINGS["sd15"]["unet_pattern"] if kind.pattern is None else kind.pattern
+            trained = select_weights(names, pattern).values()
             self.trained = [unet.get_parameter(key).requires_grad_(True) for key in trained]
 
         def forward(self, x, timestep, caption, image):
             features = control_features(self.module, self.family, image, timestep, x.shape[-2:], self.zero)
 
             def add(h, options: dict):
-                return add_features(h, features, zero_convolution=self.zero) if options["block"] == ("input", 0) else h
+                if options["block"] != ("input", 0):
+                    return h
+                return h + features if self.zero else add_controls(h, [(features[None], self.gain.view(1, 1, 1, 1, 1))])
 
             return self.unet(x, timesteps=timestep, context=caption,
                              transformer_options={"patches": {"input_block_patch_after_skip": [add]}})
 
-    if kind != "controlnet":
-        model = WithControlNeXt(kind == "zero")
-        return model, [{"params": list(model.module.parameters()), "lr": LEARNING_RATE},
-                       {"params": model.trained, "lr": UNET_LEARNING_RATE}]
+    if kind.net != "controlnet":
+        model = WithControlNeXt(kind.net == "zero")
+        module = [*model.module.parameters(), *([model.gain] if kind.learned_gain else [])]
+        return model, [{"params": module, "lr": kind.rate * LEARNING_RATE},
+                       {"params": model.trained, "lr": kind.unet_rate * UNET_LEARNING_RATE}]
 
     class WithControlNet(nn.Module):
         def __init__(self):
@@ -149,7 +200,7 @@ def learn(kind: str, seed: int, folder) -> dict:
     result = json.loads(file.read_text()) if file.exists() else {"f1": {}, "seconds": 0.0, "machine": world.machine()}
     if str(STEPS) in result["f1"]:
         return result
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu"), ALL[kind]
     unet, autoencoder, deviation = load_base()
     autoencoder = autoencoder.to(device)
     drawn = load_world(folder)
@@ -158,7 +209,7 @@ def learn(kind: str, seed: int, folder) -> dict:
     latents = encode(varied, autoencoder.taesd_encoder)
     captions, _ = load_texts(drawn, folder, BASES["sd15"])
     samples = Samples(latents / latents.std(), captions, control_maps(varied, drawn_edges), drawn)
-    model, rates = controlled(kind, unet, seed)
+    model, rates = controlled(chosen, unet, seed)
     model.to(device)
     held_out = drawn.held_out[:DRAWINGS]
     controls = [drawn_edges(drawing) for drawing in drawn.drawings[held_out]]
@@ -177,10 +228,27 @@ def learn(kind: str, seed: int, folder) -> dict:
         file.write_text(json.dumps(result), encoding="utf-8")
         since = time.monotonic()
 
-    loss = denoising_loss(model, samples, device, DROPPED_CAPTIONS, SNR_LIMIT, SWAPPED_CAPTIONS,
-                          trained_controlnet(seed, folder).to(device) if kind == "distilled" else None)
+    teacher = trained_controlnet(seed, folder).to(device) if chosen.taught else None
+    loss = denoising_loss(model, samples, device, DROPPED_CAPTIONS, SNR_LIMIT, SWAPPED_CAPTIONS, teacher)
+    if chosen.matched:
+        loss = with_features(loss, model.unet, teacher.unet)
     train(model, loss, rates, STEPS, file.with_suffix(".pt"), average=0.98, save_every=EVERY, watch=watch, seed=seed)
     return result
+
+
+def with_features(loss: Callable, unet, teacher) -> Callable:
+    """``loss`` and how far what each of the decoder's blocks gets is from the teacher's, of their variance."""
+    def watch(unet) -> list:
+        seen = [None] * len(unet.output_blocks)
+        for i, block in enumerate(unet.output_blocks):
+            block.register_forward_pre_hook(lambda _, given, i=i: seen.__setitem__(i, given[0].float()))
+        return seen
+    own, wanted = watch(unet), watch(teacher)
+
+    def loss_of_batch(generator):
+        value = loss(generator)
+        return value + sum((a - b).square().mean() / b.var() for a, b in zip(own, wanted, strict=True)) / len(own)
+    return loss_of_batch
 
 
 def trained_controlnet(seed: int, folder):
@@ -188,7 +256,7 @@ def trained_controlnet(seed: int, folder):
     import torch
     from torch.optim.swa_utils import AveragedModel
     learn("controlnet", seed, folder)
-    averaged = AveragedModel(controlled("controlnet", load_base()[0], seed)[0])
+    averaged = AveragedModel(controlled(KINDS["controlnet"], load_base()[0], seed)[0])
     averaged.load_state_dict(torch.load(folder / f"convergence_controlnet_{seed}.pt", weights_only=True)["averaged"])
     return averaged.module.requires_grad_(False).eval()
 
@@ -201,41 +269,50 @@ def plot(curves: dict[str, dict[str, tuple[float, float]]], seeds: int, path) ->
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for kind, curve in curves.items():
         means, spreads = zip(*curve.values(), strict=True)
-        axes.errorbar([int(step) for step in curve], means, spreads, label=LABELS[kind], marker=".", capsize=2)
+        axes.errorbar([int(step) for step in curve], means, spreads, label=KINDS[kind].label, marker=".", capsize=2)
     axes.set(xlabel="training steps", ylabel=f"F1 of edges, {DRAWINGS} held-out drawings, {seeds} seeds")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
+def curve_of(results: list[dict]) -> dict[str, tuple[float, float]]:
+    """{step: (mean, spread)} over the seeds."""
+    from statistics import mean, pstdev
+    found = {step: [result["f1"][step] for result in results] for step in results[0]["f1"]}
+    return {step: (mean(values), pstdev(values)) for step, values in found.items()}
+
+
+def row(kind: Kind, results: list[dict], seconds: float) -> list[str]:
+    """Of the table; ``seconds`` is the time for which agreement is told, too, on a line between the steps' figures."""
+    import numpy as np
+    curve, taken = curve_of(results), sum(result["seconds"] for result in results) / len(results) / STEPS
+    then = np.interp(seconds / taken, [int(step) for step in curve], [middle for middle, _ in curve.values()])
+    return [kind.label, f"{results[0]['parameters'] / 1e6:.2f} million", f"{taken:.2f}", f"{then:.3f}",
+            *(f"{middle:.3f}" + (f" ± {spread:.3f}" if len(results) > 1 else "") for middle, spread in curve.values())]
+
+
 def main() -> None:
     import argparse
-    from statistics import mean, pstdev
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"train these of {', '.join(LABELS)}; then no report")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"train these alone, of {', '.join(ALL)}; no report")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the first alone for what explains")
     options = parser.parse_args()
-    if unknown := set(options.kinds) - set(LABELS):
-        parser.error(f"{min(unknown)} is none of {', '.join(LABELS)}")
+    if unknown := set(options.kinds) - set(ALL):
+        parser.error(f"{min(unknown)} is none of {', '.join(ALL)}")
     world.enter()
     folder = world.environment.cache_folder() / "demo_model"
-    results = {kind: {} for kind in options.kinds or LABELS}
-    for seed in options.seeds:
-        for kind in results:
-            results[kind][seed] = learn(kind, seed, folder)
+    results = {kind: [learn(kind, seed, folder) for seed in (options.seeds if kind in KINDS else options.seeds[:1])]
+               for kind in options.kinds or ALL}
     if options.kinds:
         return
-    curves = {kind: {step: (mean(values), pstdev(values)) for step in found[options.seeds[0]]["f1"]
-                     for values in [[result["f1"][step] for result in found.values()]]}
-              for kind, found in results.items()}
-    rows = [[LABELS[kind], f"{found[options.seeds[0]]['parameters'] / 1e6:.2f} million",
-             f"{mean(result['seconds'] for result in found.values()) / STEPS:.2f}",
-             *(f"{middle:.3f} +-{spread:.3f}" for middle, spread in curves[kind].values())]
-            for kind, found in results.items()]
+    seconds = sum(result["seconds"] for result in results["cross"]) / len(options.seeds)
+    header = ["", "trained parameters", "seconds a step", f"after {seconds:.0f} s", *results["cross"][0]["f1"]]
     world.report("convergence", f"F1 of edges of {DRAWINGS} held-out drawings over training steps, "
-                                f"{len(options.seeds)} seeds", ["", "trained parameters", "seconds a step",
-                                                                *curves["cross"]], rows, {"results": results})
-    plot(curves, len(options.seeds), world.FOLDER / "results" / "convergence.png")
+                 f"{len(options.seeds)} seeds (one of what explains)", header,
+                 [row(ALL[kind], found, seconds) for kind, found in results.items()], {"results": results})
+    plot({kind: curve_of(results[kind]) for kind in KINDS}, len(options.seeds),
+         world.FOLDER / "results" / "convergence.png")
 
 
 if __name__ == "__main__":

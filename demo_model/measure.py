@@ -72,8 +72,13 @@ class Demonstration:
                         strength_clip=0.0)[0]
 
     def draw(self, seed: int, kind: str = "", controls: np.ndarray | torch.Tensor | None = None,
-             strength: float = 1.0, model=None) -> torch.Tensor:
-        """An IMAGE of N pictures by the captions, without control where there are no `controls`."""
+             strength: float = 1.0, model=None, start: torch.Tensor | None = None,
+             denoise: float = 1.0) -> torch.Tensor:
+        """An IMAGE of N pictures by the captions, without control where there are no `controls`.
+
+        Args:
+            start: an IMAGE of N pictures to begin at, under as much noise as `denoise` says; without it, noise alone.
+        """
         pictures = []
         for first in range(0, len(self.images), BATCH):
             rows = slice(first, first + BATCH)
@@ -82,10 +87,11 @@ class Demonstration:
                 controlled = self.controlled(kind, controls[rows], strength, model)
             contexts, extras = zip(*(prompt[0] for prompt in self.prompts[1:][rows]), strict=True)
             positive = [torch.cat(contexts), {"pooled_output": torch.cat([e["pooled_output"] for e in extras])}]
-            latent = self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(contexts))
+            latent = (self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(contexts))
+                      if start is None else self.run("VAEEncode", pixels=start[rows], vae=self.vae))
             latent = self.run("KSampler", model=controlled, positive=[positive], negative=self.prompts[0],
                               latent_image=latent, seed=seed * 1000 + first, cfg=self.cfg,
-                              denoise=1.0, **self.sampler)
+                              denoise=denoise, **self.sampler)
             pictures.append(self.run("VAEDecode", samples=latent, vae=self.vae))
         return torch.cat(pictures)
 
