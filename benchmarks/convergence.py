@@ -63,9 +63,7 @@ VARIATIONS = {
     "cross_module_rate": Kind("cross normalization, module's rate x 3", "cross", rate=3),
     "cross_unet_rate": Kind("cross normalization, UNet's rate x 3", "cross", unet_rate=3),
     "zero_unet_rate": Kind("zero convolution, UNet's rate x 3", "zero", unet_rate=3),
-    "zero_unet": Kind("zero convolution, the whole UNet", "zero", pattern=""),
     "distilled_matched": Kind("taught, and its features matched", "cross", taught=True, matched=True),
-    "distilled_zero": Kind("taught, zero convolution", "zero", taught=True),
 }
 ALL = KINDS | VARIATIONS
 
@@ -241,7 +239,7 @@ def with_features(loss: Callable, unet, teacher) -> Callable:
     def watch(unet) -> list:
         seen = [None] * len(unet.output_blocks)
         for i, block in enumerate(unet.output_blocks):
-            block.register_forward_pre_hook(lambda _, given, i=i: seen.__setitem__(i, given[0].float()))
+            block[0].register_forward_pre_hook(lambda _, given, i=i: seen.__setitem__(i, given[0].float()))
         return seen
     own, wanted = watch(unet), watch(teacher)
 

@@ -14,7 +14,7 @@ import world
 
 SEEDS = (1, 2, 3)
 SHEET = 16  # drawings in the picture of them
-DENOISE = 0.15
+DENOISE = 0.1
 KIND = "super_resolution"
 
 

@@ -220,7 +220,7 @@ class Training:
     """
 
     def __init__(self, module: ControlNeXtModule, differences: Mapping[str, torch.Tensor] | None = None,
-                 learning_rate: float = 1e-4, unet_learning_rate: float = 1e-5, ema: float = 0.0, seed: int = 0,
+                 learning_rate: float = 1e-4, unet_learning_rate: float = 3e-5, ema: float = 0.0, seed: int = 0,
                  warmup_steps: int = 0, accumulation: int = 1):
         self.module = module.requires_grad_(True)
         self.differences = {name: nn.Parameter(value.detach().float().clone())

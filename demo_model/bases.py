@@ -53,6 +53,6 @@ BASES = {
              "text_encoders.clip_l.transformer.", "SD3", pooled_words=True,
              full_widths={"context_embedder.weight": 4096, "y_embedder.mlp.0.weight": 2048}, start="sd15",
              sampler={"steps": 16, "sampler_name": "euler", "scheduler": "simple"},
-             steps={"autoencoder": 300, "decoder": 1000, "denoiser": 5500, "canny": 2000, "super_resolution": 5000}),
+             steps={"autoencoder": 300, "decoder": 1000, "denoiser": 5500, "canny": 2000, "super_resolution": 16000}),
     )
 }

@@ -45,7 +45,11 @@ BASE_SETTINGS = {
         "ema": 0.998,
     },
 }
-KIND_SETTINGS = {"super_resolution": {"ema": 0.999}}  # the longer the training, the longer the average
+KIND_SETTINGS = {"super_resolution": {
+    # all of the picture's stream, whose colours are to stay those of the small picture
+    "unet_pattern": r"to_out|to_[qkv]|norm1\.|\.ff\.|^proj_out|pos_embed\.proj|norm_out",
+    "ema": 0.999,  # the longer the training, the longer the average
+}}
 
 
 def dataset(run: Callable, world: World, base: Base, kind: str, file: Path) -> dict:

@@ -76,7 +76,7 @@ class ControlNeXtTrain(io.ComfyNode):
                                      "memory. Videos follow each other, in the memory of one."),
                 io.Float.Input("learning_rate", default=1e-4, min=0.0, max=1.0, step=1e-7, round=False,
                                tooltip="Of the ControlNeXt module."),
-                io.Float.Input("unet_learning_rate", default=1e-5, min=0.0, max=1.0, step=1e-7, round=False,
+                io.Float.Input("unet_learning_rate", default=3e-5, min=0.0, max=1.0, step=1e-7, round=False,
                                tooltip="Of the UNet weights, if they are trained."),
                 io.Combo.Input("trainable", options=["module", WITH_UNET], default=WITH_UNET,
                                tooltip="The module alone is small and gives weaker control. With some UNet weights, "
