@@ -40,7 +40,7 @@ CONTROLS = ("canny", "super_resolution")  # that the small models have by these 
 TRAINING = "drawings"  # the folder of pictures to train on, in the input folder
 SETTINGS = {  # of the training, for so small a model
     "batch_size": 8, "grad_accumulation_steps": 1, "learning_rate": 1e-3, "unet_learning_rate": 3e-4,
-    "unet_pattern": r"to_out|down_blocks.*conv1", "inject_at": "conv_in", "min_snr_gamma": 1.0,
+    "unet_pattern": ".", "inject_at": "conv_in", "min_snr_gamma": 1.0,
     "training_dtype": "fp32", "gradient_checkpointing": False, "caption_dropout": 0.3, "save_every": 0,
     "preview_every": 0,
 }
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("workflows", nargs="*", type=existing_workflow, metavar="WORKFLOW",
                         help="its name (default: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--training-steps", type=int, default=400)
+    parser.add_argument("--training-steps", type=int, default=500)
     parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)  # set in the Python that runs ComfyUI
     return parser.parse_args()
 
