@@ -1,13 +1,13 @@
 """How fast control appears: ControlNeXt, with a zero convolution, from a ControlNet as its teacher; and a ControlNet.
 
-    python benchmarks/convergence.py [cross|zero|controlnet|distilled ...] [--seeds 0 1 2]
+    python benchmarks/convergence.py [KIND ...] [--seeds 0 1 2]
 
 All train on the demonstration's base model, on its drawings, for as many steps: edges to drawing. On the way each draws
 the held-out drawings, and Canny edges of what it drew are compared with its control (demo_model/agreement.py).
 The paper (arXiv 2408.06070) claims that control appears sooner with cross normalization than with a zero convolution.
-`distilled` learns what the base predicts under the ControlNet of its seed, which is trained first.
-It trains what is not trained to its end yet, from where it was stopped, and writes results/convergence.json and .png
-of all seeds of which every kind is.
+What is taught learns what the base predicts under the ControlNet of its seed, which is trained first.
+It trains what is not trained to its end yet, from where it was stopped: KINDS of each seed and, of the first, VARIATIONS
+that explain them; or those named alone. Without names it writes results/convergence.json and .png.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ def controlled(kind: Kind, unet, seed: int):
     import torch
     from torch import nn
 
-    from controlnext_core.cross_normalization import add_controls
     from controlnext_core.families import FAMILIES
-    from controlnext_core.training import control_features, new_module, select_weights
+    from controlnext_core.training import add_features, control_features, new_module, select_weights
     from controlnext_core.unet_keys import diffusers_to_ldm
     from demo_model.control import BASE_SETTINGS, WIDTHS
 
@@ -114,7 +113,7 @@ def controlled(kind: Kind, unet, seed: int):
             def add(h, options: dict):
                 if options["block"] != ("input", 0):
                     return h
-                return h + features if self.zero else add_controls(h, [(features[None], self.gain.view(1, 1, 1, 1, 1))])
+                return add_features(h, features, self.gain, self.zero)
 
             return self.unet(x, timesteps=timestep, context=caption,
                              transformer_options={"patches": {"input_block_patch_after_skip": [add]}})

@@ -106,12 +106,12 @@ def control_features(module: ControlNeXtModule, family: Family, image: torch.Ten
     return features if zero_convolution else fit(features, size, family.pool_first, family.eps)
 
 
-def add_features(h: torch.Tensor, features: torch.Tensor, gain: float = 1.0,
+def add_features(h: torch.Tensor, features: torch.Tensor, gain: float | torch.Tensor = 1.0,
                  zero_convolution: bool = False) -> torch.Tensor:
     """Denoiser features (N, C, H, W) with ``control_features`` added: cross-normalized to h, or as they are."""
     if zero_convolution:
         return h + gain * features
-    return add_controls(h, [(features[None], h.new_full((1, 1, 1, 1, 1), gain))])
+    return add_controls(h, [(features[None], h.new_ones(1, 1, 1, 1, 1) * gain)])
 
 
 def select_weights(names: Mapping[str, T], pattern: str) -> dict[str, T]:
