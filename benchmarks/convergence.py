@@ -6,8 +6,8 @@ All train on the demonstration's base model, on its drawings, for as many steps:
 the held-out drawings, and Canny edges of what it drew are compared with its control (demo_model/agreement.py).
 The paper (arXiv 2408.06070) claims that control appears sooner with cross normalization than with a zero convolution.
 What is taught learns what the base predicts under the ControlNet of its seed, which is trained first.
-It trains what is not trained to its end yet, from where it was stopped: KINDS of each seed and, of the first, VARIATIONS
-that explain them; or those named alone. Without names it writes results/convergence.json and .png.
+It trains what is not trained to its end yet, from where it was stopped: KINDS of each seed and, of the first,
+VARIATIONS that explain them; or those named alone. Without names it writes results/convergence.json and .png.
 """
 
 from __future__ import annotations
