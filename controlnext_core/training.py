@@ -48,7 +48,7 @@ SIGNAL_TO_NOISE = {
 MAX_GRADIENT_NORM = 1.0
 # what our files say of themselves: a family's name, the place where control enters, and difference or replace
 FAMILY_KEY, PLACE_KEY, MODE_KEY = "controlnext.family", "controlnext.place", "controlnext.unet"
-SCALED_LAYOUTS = ("mid", "video_mid")  # whose files hold the number ``scale``
+SCALED_LAYOUTS = ("mid", "video_mid")  # whose files always hold the number ``scale``; others do if it is not 1
 # {base: variant} of a new module where the layout leaves a choice: what the reference's own training makes
 NEW_VARIANTS = {"svd": "svd_padded"}
 # {base: (mean, deviation)} of the logarithm of training's noise levels, where they are not evenly the sampling's own
@@ -176,7 +176,7 @@ def with_scale(module: Mapping[str, torch.Tensor], scale: float) -> dict[str, to
 
 
 def learn_scale(module: ControlNeXtModule, scale: float) -> None:
-    """Make the scale a parameter ``module.scale``, as the reference has it in the layouts whose files hold it."""
+    """Make the scale a parameter ``module.scale``, which is trained, as the reference has it in SCALED_LAYOUTS."""
     module.scale = nn.Parameter(torch.tensor(scale))
 
 
@@ -187,11 +187,12 @@ def reference_files(module: Mapping[str, torch.Tensor], family: Family | None, s
     Args:
         module: the module's state dict.
         family: None when it is not known; the files then do not tell it.
-        scale: the learned scale, in the files of the families that have one.
+        scale: the learned scale; the reference's own code reads no other than 1 outside SCALED_LAYOUTS.
         differences: {diffusers name: tensor}; without any there is one file.
         place: where control enters the denoiser; None when it is not known.
     """
-    tensors = with_scale(module, scale) if layout_of(list(module)) in SCALED_LAYOUTS else dict(module)
+    held = scale != 1 or layout_of(list(module)) in SCALED_LAYOUTS
+    tensors = with_scale(module, scale) if held else dict(module)
     metadata = {FAMILY_KEY: family.name} if family else {}
     if place:
         metadata[PLACE_KEY] = place
@@ -205,15 +206,17 @@ class Training:
     """What a training carries from step to step, and can put down and take up again without changing a bit.
 
     Args:
-        module: it becomes trainable, and is trained in place.
+        module: it becomes trainable, and is trained in place; so does its scale, after ``learn_scale``.
         differences: {name: tensor} of UNet differences to go on from, zeros for a start; copied to float32.
         learning_rate, unet_learning_rate: of AdamW. The weights decay to zero, the differences so to the base weights.
+        scale_learning_rate: of the module's scale, which does not decay.
         ema: decay of a moving average of everything that is trained, 0 for none.
         seed: of ``generator``, from which all random numbers of a training are to be drawn.
         warmup_steps: first steps, in which the learning rates rise to what they are.
         accumulation: losses whose mean a step goes down.
 
     Attributes:
+        learned: {name: parameter} of the module, in the optimizer's order.
         differences: {name: float32 parameter}.
         step: updates so far.
         losses: one number an update.
@@ -221,15 +224,18 @@ class Training:
 
     def __init__(self, module: ControlNeXtModule, differences: Mapping[str, torch.Tensor] | None = None,
                  learning_rate: float = 1e-4, unet_learning_rate: float = 3e-5, ema: float = 0.0, seed: int = 0,
-                 warmup_steps: int = 0, accumulation: int = 1):
+                 warmup_steps: int = 0, accumulation: int = 1, scale_learning_rate: float = 1e-3):
         self.module = module.requires_grad_(True)
         self.differences = {name: nn.Parameter(value.detach().float().clone())
                             for name, value in (differences or {}).items()}
-        groups = [{"params": list(module.parameters()), "lr": learning_rate}]
-        if self.differences:
-            groups.append({"params": list(self.differences.values()), "lr": unet_learning_rate})
-        self.optimizer = torch.optim.AdamW(groups)
-        self.rates = [group["lr"] for group in groups]
+        layers = dict(module.named_parameters())
+        scale = {"scale": layers.pop("scale")} if "scale" in layers else {}
+        self.learned = scale | layers
+        groups = [{"params": list(scale.values()), "lr": scale_learning_rate, "weight_decay": 0.0},
+                  {"params": list(layers.values()), "lr": learning_rate},
+                  {"params": list(self.differences.values()), "lr": unet_learning_rate}]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.warmup_steps, self.accumulation = warmup_steps, accumulation
         self.ema = ema
         self.average = [parameter.detach().clone() for parameter in self.parameters()] if ema else None
@@ -279,7 +285,7 @@ class Training:
     def weights(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """(module state dict, differences) to apply or save: the moving average where there is one. Copies."""
         values = iter([value.detach().clone() for value in self.average or self.parameters()])
-        return ({name: next(values) for name, _ in self.module.named_parameters()},
+        return ({name: next(values) for name in self.learned},
                 {name: next(values) for name in self.differences})
 
     def state_dict(self) -> dict:
@@ -298,6 +304,8 @@ class Training:
             ValueError: the state is of another module, other differences or without the moving average; says which.
         """
         shapes = {key: value.shape for key, value in self.module.state_dict().items()}
+        if ("scale" in shapes) != ("scale" in state["module"]):
+            raise ValueError("only one of them trains the scale")
         if shapes != {key: value.shape for key, value in state["module"].items()}:
             raise ValueError("it is of a module with other widths")
         if self.differences.keys() != state["differences"].keys():

@@ -17,7 +17,6 @@ from ..controlnext_core import checkpoint
 from ..controlnext_core.families import either, resolve
 from ..controlnext_core.training import (
     NEW_VARIANTS,
-    SCALED_LAYOUTS,
     UNET_PATTERNS,
     Training,
     learn_scale,
@@ -142,6 +141,11 @@ class ControlNeXtTrain(io.ComfyNode):
                 io.Vae.Input("teacher_vae", optional=True,
                              tooltip="For a teacher that takes control images as latents, as those for SD3 do: the "
                                      "MODEL's VAE."),
+                io.Float.Input("scale_learning_rate", default=1e-3, min=0.0, max=1.0, step=1e-7, round=False,
+                               optional=True, advanced=True,
+                               tooltip="Of the scale, a number that control is multiplied by, learned with it and kept "
+                                       "in its file. Ten times learning_rate is good. 0 leaves it as it is: 1, as in "
+                                       "the reference's SD1.5 and SDXL files."),
             ],
             outputs=[
                 ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt and Save ControlNeXt "
@@ -164,7 +168,7 @@ class ControlNeXtTrain(io.ComfyNode):
                 teacher_vae=None, **settings) -> io.NodeOutput:
         optional = {"resume_from": NONE, "caption_dropout": 0.0, "ema": 0.0, "unet_pattern": "", "min_snr_gamma": 0.0,
                     "warmup_steps": 0, "grad_accumulation_steps": 1, "inject_at": "auto", "super_resolution": False,
-                    "teacher_strength": 1.0, "teacher_share": 1.0}
+                    "teacher_strength": 1.0, "teacher_share": 1.0, "scale_learning_rate": 1e-3}
         settings = SimpleNamespace(**optional | {name: value[0] for name, value in settings.items()})
         if settings.caption_dropout and not empty_conditioning:
             raise ValueError("caption_dropout: there is no empty caption to put in place of others; connect an encoded "
@@ -194,18 +198,19 @@ class ControlNeXtTrain(io.ComfyNode):
             state = torch.load(os.path.join(_folder(), settings.resume_from), "cpu", weights_only=True)
             controlnext = trained_controlnext(with_scale(state["module"], state["scale"]), state["family"],
                                               settings.resume_from, state["differences"], state.get("place"))
-        control = _start(model, controlnext, settings.seed, settings.inject_at)
+        control = _start(model, controlnext, settings.seed, settings.inject_at, settings.scale_learning_rate > 0)
         shapes = BaseWeights(model).shapes
         names = targets_of(shapes)
         differences = _differences(model, names, shapes, controlnext, settings)
         training = Training(control.module, differences, settings.learning_rate, settings.unet_learning_rate,
-                            settings.ema, settings.seed, settings.warmup_steps, settings.grad_accumulation_steps)
+                            settings.ema, settings.seed, settings.warmup_steps, settings.grad_accumulation_steps,
+                            settings.scale_learning_rate)
         if state is not None:
             try:
                 training.load_state_dict(state)
             except ValueError as error:
                 raise ValueError(f"resume_from: {settings.resume_from} was trained with other settings: {error}; set "
-                                 "trainable, unet_pattern and ema as they were.") from None
+                                 "trainable, unet_pattern, scale_learning_rate and ema as they were.") from None
         clone = trainable_clone(model, control, {names[name]: value for name, value in training.differences.items()},
                                 DTYPES[settings.training_dtype], settings.gradient_checkpointing)
         run = Run(clone, control, training, samples, settings.batch_size, settings.caption_dropout,
@@ -279,7 +284,8 @@ def _states() -> list[str]:
                   for folder, _, files in os.walk(_folder()) for file in files if file.endswith(".pt"))
 
 
-def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "auto") -> TrainingControl:
+def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "auto",
+           learns_scale: bool = False) -> TrainingControl:
     """The control to train: a new one for this MODEL, or a copy of the one to go on from.
 
     Raises:
@@ -308,7 +314,7 @@ def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "
                              "for, or train a new one.")
     module = checkpoint.read(state_dict, "controlnext", operations=comfy.ops.manual_cast).module
     module.load_state_dict(state_dict)
-    if family.layout in SCALED_LAYOUTS:
+    if learns_scale:
         learn_scale(module, scale)
     return TrainingControl(module.to(model.load_device), family, place, inject_at, scale)
 

@@ -66,7 +66,8 @@ def train(run, small):
 
 
 def weights(controlnext) -> dict:
-    return {**controlnext.loaded.checkpoint.state_dict, **controlnext.unet_differences}
+    found = controlnext.loaded.checkpoint
+    return {**found.state_dict, **controlnext.unet_differences, "scale": torch.tensor(found.scale)}
 
 
 def assert_equal(ours: dict, expected: dict):
@@ -303,7 +304,7 @@ def test_checkpointing_saving_and_previews_change_nothing(train, unet, monkeypat
 
 def test_saved_files_are_the_reference_s_and_sample_the_same_loaded(comfy_nodes, run, train, models_folder, goldens):
     model = narrow_unet()
-    trained, _, _, with_unet = train(model, steps=1, controlnext=None)
+    trained, _, _, with_unet = train(model, steps=1, controlnext=None, scale_learning_rate=0.0)
     comfy_nodes["ControlNeXtSave"].execute(trained, "controlnext/test")
     saved = OUTPUT / "controlnext" / "test_00001_"
     shapes = {key: list(value.shape) for key, value in load_file(saved / "controlnet.safetensors").items()}
@@ -330,7 +331,8 @@ def test_saved_files_are_the_reference_s_and_sample_the_same_loaded(comfy_nodes,
 
 def test_a_controlnext_is_trained_on_from_where_it_is(train, unet):
     first = train(unet, steps=2)[0]
-    still = train(unet, steps=1, controlnext=first, learning_rate=0.0, unet_learning_rate=0.0)[0]
+    still = train(unet, steps=1, controlnext=first, learning_rate=0.0, unet_learning_rate=0.0,
+                  scale_learning_rate=0.0)[0]
     assert_equal(weights(still), weights(first))
     before = {name: value.clone() for name, value in weights(first).items()}
     train(unet, steps=2, controlnext=first, trainable="module")

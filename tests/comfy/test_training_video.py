@@ -81,8 +81,7 @@ def test_training_lowers_the_loss_and_reaches_every_tensor(train, models, small,
     assert sum(loss_map["loss"][3:]) < 0.9 * sum(untrained[3:])  # of the same noise and timesteps
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     trained, start = weights(controlnext), weights(small(family))
-    assert [name for name, value in trained.items() if torch.equal(value, start.get(name, torch.zeros(())))] == (
-        [] if "mid" in family else ["scale"])
+    assert not [name for name, value in trained.items() if torch.equal(value, start.get(name, torch.zeros(())))]
     assert all(value.any() for value in controlnext.unet_differences.values())
     assert len(controlled.patches) == len(controlnext.unet_differences) > 0
 

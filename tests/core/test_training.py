@@ -13,6 +13,7 @@ from controlnext_core.training import (
     control_features,
     draw_rows,
     drop_captions,
+    learn_scale,
     new_module,
     prediction_loss,
     select_weights,
@@ -49,12 +50,16 @@ def loss_of_batch(training: Training, zero_convolution: bool = False) -> torch.T
     sigma = torch.rand(2, generator=training.generator) + 0.1
     features = control_features(training.module, family, images[rows], sigma, (4, 4), zero_convolution)
     x = latents[rows] + sigma[:, None, None, None] * noise
-    out = denoiser(x, training.differences["after"], lambda h: add_features(h, features, 1.0, zero_convolution))
+    gain = getattr(training.module, "scale", 1.0)
+    out = denoiser(x, training.differences["after"], lambda h: add_features(h, features, gain, zero_convolution))
     return prediction_loss(x - sigma[:, None, None, None] * out, latents[rows], sigma, "epsilon").mean()
 
 
-def small_training(ema: float = 0.0, zero_convolution: bool = False, **settings) -> Training:
+def small_training(ema: float = 0.0, zero_convolution: bool = False, scale: float | None = None,
+                   **settings) -> Training:
     module = new_module(FAMILIES["sdxl"], 3, zero_convolution, **SMALL)
+    if scale is not None:
+        learn_scale(module, scale)
     return Training(module, {"after": torch.zeros(4, 12, 3, 3)}, 1e-3, 1e-3, ema, seed=4, **settings)
 
 
@@ -153,7 +158,8 @@ def test_weights_are_chosen_by_their_diffusers_names():
     assert list(select_weights(names, "to_out").values()) == ["a", "b"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema": 0.9}, {"warmup_steps": 5, "accumulation": 2}])
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.9}, {"warmup_steps": 5, "accumulation": 2},
+                                      {"ema": 0.9, "scale": 1.0}])
 def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path, settings):
     whole, first = small_training(**settings), small_training(**settings)
     for _ in range(6):
@@ -179,6 +185,15 @@ def test_learning_rates_rise_in_the_warm_up():
         one_step(cold)
         rates.append(cold.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_a_learned_scale_has_its_own_rate_and_is_given_back_by_its_name():
+    training = small_training(scale=0.5, scale_learning_rate=1e-2)
+    one_step(training)
+    weights = training.weights()[0]
+    assert abs(weights["scale"].item() - 0.5) == pytest.approx(1e-2, rel=1e-3)  # Adam's first step is its rate
+    assert weights.keys() == training.module.state_dict().keys()
+    assert all(torch.equal(value, weights[key]) for key, value in training.module.state_dict().items())
 
 
 def test_accumulated_batches_are_one_step_down_their_mean_loss():
@@ -225,6 +240,8 @@ def test_a_state_of_another_training_is_refused():
         small_training(ema=0.9).load_state_dict(state)
     with pytest.raises(ValueError, match="0 UNet weights"):
         small_training().load_state_dict({**state, "differences": {}})
+    with pytest.raises(ValueError, match="only one of them trains the scale"):
+        small_training(scale=1.0).load_state_dict(state)
 
 
 def test_a_loss_that_is_not_a_number_changes_nothing():

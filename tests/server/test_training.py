@@ -32,7 +32,7 @@ def test_an_interrupted_training_is_listed_and_goes_on_to_a_saved_model(url, bas
     shown = comfy_client.run_graph(url, graph(steps=at + 2, resume_from=kept.name))
     assert shown["graph"]["images"]
     folder, files = shown["save"]["text"][0].split(": ")
-    assert files == "controlnet.safetensors (52 tensors)"
+    assert files == "controlnet.safetensors (53 tensors)"
     assert (base / "output" / folder / "controlnet.safetensors").is_file()
 
 
@@ -49,7 +49,7 @@ def test_the_training_workflow_trains_saves_and_draws_with_and_without_control(u
     shown = {prompt[node]["class_type"]: output for node, output in comfy_client.run_graph(url, prompt).items()}
     assert shown["LossGraphNode"]["images"]
     text = shown["ControlNeXtSave"]["text"][0]
-    assert "controlnet.safetensors (52 tensors) and unet.safetensors" in text
+    assert "controlnet.safetensors (53 tensors) and unet.safetensors" in text
     assert (base / "output" / text.split(":")[0] / "unet.safetensors").is_file()
     controlled, free = (np.array(Image.open(demo.image_path(base, {"images": shown["ImageCompare"][key]})))
                         for key in ("a_images", "b_images"))
@@ -73,5 +73,5 @@ def test_the_distilling_workflow_learns_from_the_base_s_own_pictures_saves_and_d
                                  "inputs": {"controlnext_name": stand_in.CONTROLNEXT, "variant": "auto"}}
             node |= {"class_type": "ControlNeXtToControlNet", "inputs": {"controlnext": ["teacher", 0]}}
     shown = {prompt[node]["class_type"]: output for node, output in comfy_client.run_graph(url, prompt).items()}
-    assert "controlnet.safetensors (52 tensors) and unet.safetensors" in shown["ControlNeXtSave"]["text"][0]
+    assert "controlnet.safetensors (53 tensors) and unet.safetensors" in shown["ControlNeXtSave"]["text"][0]
     assert shown["ImageCompare"]["a_images"] and shown["ImageCompare"]["b_images"] and shown["SaveImage"]["images"]
