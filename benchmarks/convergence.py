@@ -1,6 +1,7 @@
 """How fast control appears: ControlNeXt, with a zero convolution, from a ControlNet as its teacher; and a ControlNet.
 
     python benchmarks/convergence.py [KIND ...] [--seeds 0 1 2]
+    python benchmarks/convergence.py --write-teacher FILE
 
 All train on the demonstration's base model, on its drawings, for as many steps: edges to drawing. On the way each draws
 the held-out drawings, and Canny edges of what it drew are compared with its control (demo_model/agreement.py).
@@ -8,6 +9,7 @@ The paper (arXiv 2408.06070) claims that control appears sooner with cross norma
 What is taught learns what the base predicts under the ControlNet of its seed, which is trained first.
 It trains what is not trained to its end yet, from where it was stopped: KINDS of each seed and, of the first,
 VARIATIONS that explain them; or those named alone. Without names it writes results/convergence.json and .png.
+The second command trains the first seed's ControlNet alone and writes it as ComfyUI's loader takes it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Kind:
         label: in the table and the picture.
         net: cross or zero of ControlNeXt, or controlnet.
         rate, unet_rate: times the learning rates.
-        learned_gain: cross normalization's features are added times a number that is trained, from 1 on.
+        scale_rate: times the module's learning rate, of the scale that control is multiplied by; 0: it stays 1.
         pattern: of the UNet weights that are trained along, diffusers' names; None for the demonstration's own.
         taught: a ControlNet's predictions are to be met, not the noise.
         matched: so are what the UNet's decoder gets, skip connections and all, which is where a ControlNet adds.
@@ -43,7 +45,7 @@ class Kind:
     net: str
     rate: float = 1.0
     unet_rate: float = 1.0
-    learned_gain: bool = False
+    scale_rate: float = 0.0
     pattern: str | None = None
     taught: bool = False
     matched: bool = False
@@ -54,13 +56,19 @@ KINDS = {
     "zero": Kind("ControlNeXt, zero convolution", "zero"),
     "controlnet": Kind("ControlNet, copied encoder", "controlnet"),
     "distilled": Kind("ControlNeXt, taught by the ControlNet", "cross", taught=True),
+    "cross_scale": Kind("cross normalization, scale learned", "cross", scale_rate=10),
+    "distilled_scale": Kind("taught, scale learned", "cross", taught=True, scale_rate=10),
     "cross_unet": Kind("cross normalization, the whole UNet trained", "cross", pattern=""),
     "distilled_unet": Kind("taught, the whole UNet trained", "cross", taught=True, pattern=""),
 }
 # what explains where those end, on the first seed
 VARIATIONS = {
-    "cross_gain": Kind("cross normalization, gain learned", "cross", learned_gain=True),
+    "cross_scale_slow": Kind("cross normalization, scale learned at the module's rate", "cross", scale_rate=1),
     "cross_module_rate": Kind("cross normalization, module's rate x 3", "cross", rate=3),
+    "cross_scale_unet_rate": Kind("cross normalization, scale learned, UNet's rate x 3", "cross", unet_rate=3,
+                                  scale_rate=10),
+    "distilled_scale_unet_rate": Kind("taught, scale learned, UNet's rate x 3", "cross", taught=True, unet_rate=3,
+                                      scale_rate=10),
     "cross_unet_rate": Kind("cross normalization, UNet's rate x 3", "cross", unet_rate=3),
     "zero_unet_rate": Kind("zero convolution, UNet's rate x 3", "zero", unet_rate=3),
     "distilled_matched": Kind("taught, and its features matched", "cross", taught=True, matched=True),
@@ -92,7 +100,7 @@ def controlled(kind: Kind, unet, seed: int):
     from torch import nn
 
     from controlnext_core.families import FAMILIES
-    from controlnext_core.training import add_features, control_features, new_module, select_weights
+    from controlnext_core.training import add_features, control_features, learn_scale, new_module, select_weights
     from controlnext_core.unet_keys import diffusers_to_ldm
     from demo_model.control import BASE_SETTINGS, WIDTHS
 
@@ -101,7 +109,8 @@ def controlled(kind: Kind, unet, seed: int):
             super().__init__()
             self.unet, self.zero, self.family = unet.requires_grad_(False), zero, FAMILIES["sd15"]
             self.module = new_module(self.family, seed, zero, **WIDTHS)
-            self.gain = nn.Parameter(torch.ones(1), kind.learned_gain)
+            learn_scale(self.module, 1.0)
+            self.module.scale.requires_grad_(kind.scale_rate > 0)
             names = diffusers_to_ldm(unet.state_dict())
             pattern = BASE_SETTINGS["sd15"]["unet_pattern"] if kind.pattern is None else kind.pattern
             trained = select_weights(names, pattern).values()
@@ -113,15 +122,16 @@ def controlled(kind: Kind, unet, seed: int):
             def add(h, options: dict):
                 if options["block"] != ("input", 0):
                     return h
-                return add_features(h, features, self.gain, self.zero)
+                return add_features(h, features, self.module.scale, self.zero)
 
             return self.unet(x, timesteps=timestep, context=caption,
                              transformer_options={"patches": {"input_block_patch_after_skip": [add]}})
 
     if kind.net != "controlnet":
         model = WithControlNeXt(kind.net == "zero")
-        module = [*model.module.parameters(), *([model.gain] if kind.learned_gain else [])]
-        return model, [{"params": module, "lr": kind.rate * LEARNING_RATE},
+        layers = [value for name, value in model.module.named_parameters() if name != "scale"]
+        return model, [{"params": [model.module.scale], "lr": kind.scale_rate * LEARNING_RATE},
+                       {"params": layers, "lr": kind.rate * LEARNING_RATE},
                        {"params": model.trained, "lr": kind.unet_rate * UNET_LEARNING_RATE}]
 
     class WithControlNet(nn.Module):
@@ -258,6 +268,19 @@ def trained_controlnet(seed: int, folder):
     return averaged.module.requires_grad_(False).eval()
 
 
+def write_teacher(seed: int, folder, file) -> None:
+    """Write the trained ControlNet for ComfyUI's loader, which wants a middle block, too: zeros, which add nothing."""
+    import torch
+    from comfy.cldm.cldm import ControlNet
+    from safetensors.torch import save_file
+
+    from demo_model.denoiser import UNET
+    loaded = ControlNet(**UNET, hint_channels=3, dtype=torch.float32).state_dict()
+    middle = {name: torch.zeros_like(value) for name, value in loaded.items() if name.startswith("middle_block")}
+    tensors = middle | trained_controlnet(seed, folder).net.state_dict()
+    save_file({name: value.half().contiguous() for name, value in tensors.items()}, file)
+
+
 def plot(curves: dict[str, dict[str, tuple[float, float]]], seeds: int, path) -> None:
     """Curves {step: (mean, spread)} of agreement as a picture."""
     import matplotlib
@@ -294,11 +317,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"train these alone, of {', '.join(ALL)}; no report")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the first alone for what explains")
+    parser.add_argument("--write-teacher", metavar="FILE", help="the first seed's ControlNet, as a file for ComfyUI")
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(ALL):
         parser.error(f"{min(unknown)} is none of {', '.join(ALL)}")
     world.enter()
     folder = world.environment.cache_folder() / "demo_model"
+    if options.write_teacher:
+        return write_teacher(options.seeds[0], folder, options.write_teacher)
     results = {kind: [learn(kind, seed, folder) for seed in (options.seeds if kind in KINDS else options.seeds[:1])]
                for kind in options.kinds or ALL}
     if options.kinds:

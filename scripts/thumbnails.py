@@ -7,9 +7,10 @@ Each workflow, or each one named, is opened in ComfyUI's frontend (Chromium on P
 but for this: the files are those of the small model of its base, with its place of control; the picture is a drawing
 with its own size and prompt; and the drawing's silhouette stands for what needs models that cannot be had here
 (background removal, depth). Training is on the drawings that the small model was trained on, which npm fetches, with
-SETTINGS. There is no small model for poses: those workflows show poses and no result; nor one of Flux and Wan, nor a
-ControlNet that one could learn from: those show their graph. A workflow with a node of another pack needs that pack in
-base/custom_nodes in the cache folder; without it its thumbnail stays as it is.
+SETTINGS; the ControlNet to learn from is the one of benchmarks/convergence.py, which trains it first. There is no small
+model for poses: those workflows show poses and no result; nor one of Flux and Wan: those show their graph. A workflow
+with a node of another pack needs that pack in base/custom_nodes in the cache folder; without it its thumbnail stays as
+it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import demo
@@ -29,18 +32,20 @@ DRAWINGS = {  # workflow: the drawings whose edges or silhouette control it; no 
     "SDXL Canny": ["rooster"], "Control and LoRA": ["flamingo"], "Inpaint with Control": ["cat face"],
     "Compare": ["fish"], "SD1.5 Mask": ["koala"], "Two Controls": ["horse face"], "SDXL Depth": ["bison"],
     "Regional Control": ["flamingo", "cat face"], "Train ControlNeXt": ["camera"],
-    "SD3 Canny": ["fish"],
+    "Distil a ControlNet": ["cat face"], "SD3 Canny": ["fish"],
 }
 SMALL = {"SD3 Super Resolution": "cat face"}  # the drawing that it gets a quarter as wide and high
 SHEETS = {"Tiled Upscale with Control": ["open lock", "rooster", "camera", "horse face"]}  # one loads four drawings
 POSES = {"SD1.5 Pose": (1, 1), "SVD Pose Video": (3, 1), "SVD Long Pose Video": (3, 2)}  # columns and rows of people
-GRAPHS = {"Distil a ControlNet": 0, "Flux Canny": 1, "Wan Canny Video": 2}  # the group that the picture begins with
+GRAPHS = {"Flux Canny": 1, "Wan Canny Video": 2}  # the group that the picture begins with
 SAMPLING = {"sd15": {"steps": 20, "cfg": 2.0}, "sd3": {name: demo.OWN[name] for name in ("steps", "cfg")}}
 CONTROLS = ("canny", "super_resolution")  # that the small models have by these names; mask stands for others
 TRAINING = "drawings"  # the folder of pictures to train on, in the input folder
+TEACHER = "drawings_canny_teacher.safetensors"  # the ControlNet to learn from
+LEARNED_FROM = ["tiger", "duck", "hamburger", "teapot", "guitar", "desktop computer"]  # what the base draws for that
 SETTINGS = {  # of the training, for so small a model
     "batch_size": 8, "grad_accumulation_steps": 1, "learning_rate": 1e-3, "unet_learning_rate": 3e-4,
-    "unet_pattern": ".", "inject_at": "conv_in", "min_snr_gamma": 1.0,
+    "scale_learning_rate": 1e-2, "unet_pattern": ".", "inject_at": "conv_in", "min_snr_gamma": 1.0,
     "training_dtype": "fp32", "gradient_checkpointing": False, "caption_dropout": 0.3, "save_every": 0,
     "preview_every": 0,
 }
@@ -117,6 +122,13 @@ def put_training(drawings, captions: list[str], folder: Path) -> None:
         (folder / TRAINING / f"{index}.txt").write_text(caption, encoding="utf-8")
 
 
+def put_teacher(folder: Path) -> None:
+    """Train TEACHER, unless that was done before, and put it in the folder."""
+    folder.mkdir(exist_ok=True)
+    benchmark = environment.REPOSITORY / "benchmarks" / "convergence.py"
+    subprocess.run([sys.executable, benchmark, "--write-teacher", folder / TEACHER], check=True)
+
+
 def on_small_model(prompt: dict, options: argparse.Namespace, files: list[str], texts: list[str]) -> dict:
     """The API graph of a workflow on the small model: a file for each picture to load, a text for each prompt."""
     from demo_model import provide
@@ -166,6 +178,8 @@ def on_small_model(prompt: dict, options: argparse.Namespace, files: list[str], 
             inputs["folder"] = TRAINING
         elif kind == "ControlNeXtTrain":
             inputs |= SETTINGS | {"steps": options.training_steps}
+        elif kind == "ControlNetLoader":
+            inputs["control_net_name"] = TEACHER
         elif kind == "KSampler":
             inputs |= sampling
         elif kind == "UltimateSDUpscaleNoUpscale":  # each drawing a tile
@@ -282,6 +296,8 @@ def run(options: argparse.Namespace) -> None:
         drawings = load_world(environment.cache_folder() / "demo_model")
         put_training(drawings.drawings[drawings.training], [drawings.captions[index] for index in drawings.training],
                      base / "input")
+    if "Distil a ControlNet" in chosen:
+        put_teacher(base / "models" / "controlnet")
     Image.fromarray(drawing_of("cat face")).save(base / "input" / "example.png")  # what the files load, for GRAPHS
     device = ("--cpu",) if demo.needs_cpu_option() else ()
     with comfy_client.running_server(options.comfyui, base, options=device) as url:
@@ -293,9 +309,11 @@ def run(options: argparse.Namespace) -> None:
             else:
                 texts = DRAWINGS[workflow]
                 files = [put_drawing(name, workflow == "Inpaint with Control", base / "input") for name in texts]
+                if workflow == "Distil a ControlNet":
+                    texts = LEARNED_FROM + texts
             prompt = on_small_model(prompt, options, files, texts)
             outputs = comfy_client.run_graph(url, prompt)
-            if workflow in ("Compare", "Train ControlNeXt", *SMALL):
+            if workflow in ("Compare", "Train ControlNeXt", "Distil a ControlNet", *SMALL):
                 keys = ("a_images", "b_images")
                 result = halves(*(shown(outputs, prompt, base, "ImageCompare", key)[0] for key in keys))
             else:
