@@ -1,6 +1,7 @@
 """Where control should enter an SD3: Canny trained for the demonstration's SD3 at each place, by Train ControlNeXt.
 
     python benchmarks/places.py
+    python benchmarks/places.py tokens --steps 400 --scale-learning-rate 1e-2
 
 Few steps each, else the settings of the demonstration's own control (demo_model/control.py). The share of the way goes
 from what the model draws without control (0) to what its VAE makes of the drawing itself (1), in F1 of edges. Needs npm
@@ -22,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("places", nargs="*", default=PLACES, metavar="PLACE", help=f"of {', '.join(PLACES)}")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--scale-learning-rate", type=float, default=0.0, help="(default: 0, the scale stays 1)")
     options = parser.parse_args()
     world.enter()
     import shutil
@@ -42,9 +44,9 @@ def main() -> None:
                     for pictures in (demonstration.ceiling(), demonstration.draw(SEED)))
     found, sheet = {}, []
     for place in options.places:
-        control.BASE_SETTINGS[base.name]["inject_at"] = place
         shutil.rmtree(comfyui / "output" / "controlnext_training", ignore_errors=True)
-        trained = control.train(pack.run, comfyui, drawn, base, "canny", options.steps, folder / "sd3_encoded.pt")
+        trained = control.train(pack.run, comfyui, drawn, base, "canny", options.steps, folder / "sd3_encoded.pt",
+                                inject_at=place, scale_learning_rate=options.scale_learning_rate)
         for file in trained.iterdir():
             shutil.copyfile(file, pack.models / "controlnext" / f"{base.prefix}canny_{file.name}")
         pictures = demonstration.draw(SEED, "canny", controls)

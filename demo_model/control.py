@@ -87,18 +87,20 @@ def control_images(run: Callable, pictures: torch.Tensor, kind: str) -> torch.Te
     return torch.from_numpy(regions).float()[..., None].expand(-1, -1, -1, 3)
 
 
-def train(run: Callable, folder: Path, world: World, base: Base, kind: str, steps: int, encoded: Path) -> Path:
+def train(run: Callable, folder: Path, world: World, base: Base, kind: str, steps: int, encoded: Path,
+          **changes) -> Path:
     """Train a control, from where an earlier call was stopped; returns the folder that Save ControlNeXt Model wrote.
 
     Args:
         folder: ComfyUI's base directory.
         encoded: keeps latents and encoded captions of this base.
+        changes: inputs of Train ControlNeXt that are to be other than the settings here.
     """
     output, name = folder / "output", f"{base.name}_{kind}"
     narrow = new_module(FAMILIES[base.name], **WIDTHS, out=base.width).state_dict()
     save_file(narrow, folder / "models" / "controlnext" / NARROW)
     settings = SETTINGS | BASE_SETTINGS[base.name] | KIND_SETTINGS.get(kind, {}) | {
-        "steps": steps, "filename_prefix": name, "super_resolution": kind == "super_resolution"}
+        "steps": steps, "filename_prefix": name, "super_resolution": kind == "super_resolution"} | changes
     kept = output.glob(f"controlnext_training/{name}_*.pt")
     if latest := max(kept, key=lambda file: file.stat().st_mtime, default=None):
         settings["resume_from"] = latest.name
