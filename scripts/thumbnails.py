@@ -31,7 +31,7 @@ SIDE = 512  # of a thumbnail
 DRAWINGS = {  # workflow: the drawings whose edges or silhouette control it; no training saw these
     "SDXL Canny": ["rooster"], "Control and LoRA": ["flamingo"], "Inpaint with Control": ["cat face"],
     "Compare": ["fish"], "SD1.5 Mask": ["koala"], "Two Controls": ["horse face"], "SDXL Depth": ["bison"],
-    "Regional Control": ["flamingo", "cat face"], "Train ControlNeXt": ["camera"],
+    "Regional Control": ["flamingo", "cat face"], "Train ControlNeXt": ["horse face"],
     "Distil a ControlNet": ["cat face"], "SD3 Canny": ["fish"],
 }
 SMALL = {"SD3 Super Resolution": "cat face"}  # the drawing that it gets a quarter as wide and high
