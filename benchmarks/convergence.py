@@ -17,13 +17,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
 import world
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from demo_model.autoencoder import Autoencoder
+    from demo_model.samples import Samples
 
 STEPS, EVERY = 600, 60
 LEARNING_RATE, UNET_LEARNING_RATE = 1e-3, 3e-4
 SNR_LIMIT, DROPPED_CAPTIONS, SWAPPED_CAPTIONS = 1.0, 0.3, 0.3  # of demo_model/denoiser.py's loss
 DRAWINGS, SAMPLING_STEPS, SEED = 32, 10, 1
+ROUNDS = 7  # of steps that are timed
 SEEDS = (0, 1, 2)
 
 
@@ -58,6 +68,14 @@ KINDS = {
     "distilled": Kind("ControlNeXt, taught by the ControlNet", "cross", taught=True),
     "cross_scale": Kind("cross normalization, scale learned", "cross", scale_rate=10),
     "distilled_scale": Kind("taught, scale learned", "cross", taught=True, scale_rate=10),
+    "cross_scale_unet_rate": Kind("cross normalization, scale learned, UNet's rate x 3", "cross", unet_rate=3,
+                                  scale_rate=10),
+    "distilled_scale_unet_rate": Kind("taught, scale learned, UNet's rate x 3", "cross", taught=True, unet_rate=3,
+                                      scale_rate=10),
+    "cross_encoder": Kind("cross normalization, and the encoder's convolutions", "cross", unet_rate=3,
+                          scale_rate=10, pattern="to_out|down_blocks.*conv"),
+    "distilled_encoder": Kind("taught, and the encoder's convolutions", "cross", taught=True, unet_rate=3,
+                              scale_rate=10, pattern="to_out|down_blocks.*conv"),
     "cross_unet": Kind("cross normalization, the whole UNet trained", "cross", pattern=""),
     "distilled_unet": Kind("taught, the whole UNet trained", "cross", taught=True, pattern=""),
 }
@@ -65,10 +83,6 @@ KINDS = {
 VARIATIONS = {
     "cross_scale_slow": Kind("cross normalization, scale learned at the module's rate", "cross", scale_rate=1),
     "cross_module_rate": Kind("cross normalization, module's rate x 3", "cross", rate=3),
-    "cross_scale_unet_rate": Kind("cross normalization, scale learned, UNet's rate x 3", "cross", unet_rate=3,
-                                  scale_rate=10),
-    "distilled_scale_unet_rate": Kind("taught, scale learned, UNet's rate x 3", "cross", taught=True, unet_rate=3,
-                                      scale_rate=10),
     "cross_unet_rate": Kind("cross normalization, UNet's rate x 3", "cross", unet_rate=3),
     "zero_unet_rate": Kind("zero convolution, UNet's rate x 3", "zero", unet_rate=3),
     "distilled_matched": Kind("taught, and its features matched", "cross", taught=True, matched=True),
@@ -151,6 +165,24 @@ def controlled(kind: Kind, unet, seed: int):
     return model, groups
 
 
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, and what is drawn to see how far control has come.
+
+    Attributes:
+        controls: edges of the held-out drawings, (H, W) bool each; ``images`` and ``captions`` go with them.
+        autoencoder, deviation: of ``load_base``.
+    """
+
+    samples: Samples
+    controls: list[np.ndarray]
+    images: torch.Tensor
+    captions: torch.Tensor
+    autoencoder: Autoencoder
+    deviation: float
+    device: torch.device
+
+
 def load_base():
     """The base model's (UNet, autoencoder, deviation of its latents) from its file."""
     from safetensors.torch import load_file
@@ -190,57 +222,97 @@ def draw(model, captions, images, autoencoder, deviation: float):
         return autoencoder.taesd_decoder(latents * deviation).clamp(0, 1)
 
 
-def learn(kind: str, seed: int, folder) -> dict:
-    """Train one kind, from where it was stopped; returns its curve of agreement, its parameters, its seconds a step."""
-    import json
-
+@cache
+def load_data(folder) -> Data:
+    """Read and encode the drawings; the first call fetches them."""
     import torch
 
-    from demo_model.agreement import drawn_edges, edge_f1
+    from demo_model.agreement import drawn_edges
     from demo_model.bases import BASES
-    from demo_model.denoiser import denoising_loss
-    from demo_model.loop import train
     from demo_model.samples import Samples, as_image, control_maps, encode, load_texts, varied_drawings
-    from demo_model.world import load_world, to_drawings
-
-    file = folder / f"convergence_{kind}_{seed}.json"
-    result = json.loads(file.read_text()) if file.exists() else {"f1": {}, "seconds": 0.0, "machine": world.machine()}
-    if str(STEPS) in result["f1"]:
-        return result
-    device, chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu"), ALL[kind]
-    unet, autoencoder, deviation = load_base()
-    autoencoder = autoencoder.to(device)
-    drawn = load_world(folder)
-
+    from demo_model.world import load_world
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _, autoencoder, deviation = load_base()
+    drawn, autoencoder = load_world(folder), autoencoder.to(device)
     varied = varied_drawings(drawn)
     latents = encode(varied, autoencoder.taesd_encoder)
     captions, _ = load_texts(drawn, folder, BASES["sd15"])
-    samples = Samples(latents / latents.std(), captions, control_maps(varied, drawn_edges), drawn)
-    model, rates = controlled(chosen, unet, seed)
-    model.to(device)
     held_out = drawn.held_out[:DRAWINGS]
     controls = [drawn_edges(drawing) for drawing in drawn.drawings[held_out]]
-    images = as_image(torch.stack([torch.from_numpy(control) for control in controls])).to(device)
-    captions = samples.captions[held_out].float().to(device)
-    since = time.monotonic()
+    return Data(Samples(latents / latents.std(), captions, control_maps(varied, drawn_edges), drawn), controls,
+                as_image(torch.stack([torch.from_numpy(control) for control in controls])).to(device),
+                captions[held_out].float().to(device), autoencoder, deviation, device)
+
+
+def agreement(model, data: Data) -> float:
+    """F1 of the edges of what a model draws with the held-out drawings' own, the mean of all."""
+    from statistics import fmean
+
+    from demo_model.agreement import drawn_edges, edge_f1
+    from demo_model.world import to_drawings
+    pictures = to_drawings(draw(model, data.captions, data.images, data.autoencoder, data.deviation))
+    return fmean(edge_f1(drawn_edges(picture), control)
+                 for picture, control in zip(pictures, data.controls, strict=True))
+
+
+def prepare(kind: Kind, seed: int, folder):
+    """(model, loss of a batch, AdamW's parameter groups)."""
+    from demo_model.denoiser import denoising_loss
+    data = load_data(folder)
+    model, rates = controlled(kind, load_base()[0], seed)
+    model.to(data.device)
+    teacher = trained_controlnet(seed, folder).to(data.device) if kind.taught else None
+    loss = denoising_loss(model, data.samples, data.device, DROPPED_CAPTIONS, SNR_LIMIT, SWAPPED_CAPTIONS, teacher)
+    return model, with_features(loss, model.unet, teacher.unet) if kind.matched else loss, rates
+
+
+def learn(kind: str, seed: int, folder) -> dict:
+    """Train one kind, from where it was stopped; returns its curve of agreement and its parameters."""
+    import json
+
+    from demo_model.loop import train
+    file = folder / f"convergence_{kind}_{seed}.json"
+    result = json.loads(file.read_text()) if file.exists() else {"f1": {}, "machine": world.machine()}
+    if str(STEPS) in result["f1"]:
+        return result
+    model, loss, rates = prepare(ALL[kind], seed, folder)
+    result["parameters"] = sum(value.numel() for group in rates for value in group["params"] if value.requires_grad)
 
     def watch(step: int, averaged) -> None:
-        nonlocal since
-        result["seconds"] += time.monotonic() - since
-        pictures = to_drawings(draw(averaged, captions, images, autoencoder, deviation))
-        found = [edge_f1(drawn_edges(picture), control) for picture, control in zip(pictures, controls, strict=True)]
-        result["f1"][str(step)] = sum(found) / len(found)
+        result["f1"][str(step)] = agreement(averaged, load_data(folder))
         print(f"{kind}, seed {seed}: step {step}, F1 {result['f1'][str(step)]:.3f}", flush=True)
-        result["parameters"] = sum(value.numel() for group in rates for value in group["params"])
         file.write_text(json.dumps(result), encoding="utf-8")
-        since = time.monotonic()
 
-    teacher = trained_controlnet(seed, folder).to(device) if chosen.taught else None
-    loss = denoising_loss(model, samples, device, DROPPED_CAPTIONS, SNR_LIMIT, SWAPPED_CAPTIONS, teacher)
-    if chosen.matched:
-        loss = with_features(loss, model.unet, teacher.unet)
     train(model, loss, rates, STEPS, file.with_suffix(".pt"), average=0.98, save_every=EVERY, watch=watch, seed=seed)
     return result
+
+
+def seconds_a_step(kinds: list[str], folder) -> dict[str, float]:
+    """The median of ROUNDS steps of each kind, of all in turn, so that what else the machine does slows all alike."""
+    from statistics import median
+
+    import torch
+
+    def stepper(kind: str) -> Callable[[int], None]:
+        _, loss, rates = prepare(ALL[kind], SEEDS[0], folder)
+        optimizer = torch.optim.AdamW(rates)
+
+        def step(number: int) -> None:
+            optimizer.zero_grad()
+            loss(torch.Generator().manual_seed(number)).backward()
+            optimizer.step()
+        return step
+
+    def timed(step: Callable[[int], None], number: int) -> float:
+        start = time.monotonic()
+        step(number)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.monotonic() - start
+
+    steppers = {kind: stepper(kind) for kind in kinds}
+    rounds = [{kind: timed(step, number) for kind, step in steppers.items()} for number in range(ROUNDS + 1)]
+    return {kind: median(taken[kind] for taken in rounds[1:]) for kind in kinds}  # the first one warms up
 
 
 def with_features(loss: Callable, unet, teacher) -> Callable:
@@ -286,13 +358,14 @@ def plot(curves: dict[str, dict[str, tuple[float, float]]], seeds: int, path) ->
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, 4.5), layout="constrained")
     for kind, curve in curves.items():
         means, spreads = zip(*curve.values(), strict=True)
-        axes.errorbar([int(step) for step in curve], means, spreads, label=KINDS[kind].label, marker=".", capsize=2)
+        axes.errorbar([int(step) for step in curve], means, spreads, label=KINDS[kind].label, marker=".", capsize=2,
+                      linestyle="--" if KINDS[kind].taught else "-")
     axes.set(xlabel="training steps", ylabel=f"F1 of edges, {DRAWINGS} held-out drawings, {seeds} seeds")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
@@ -303,10 +376,15 @@ def curve_of(results: list[dict]) -> dict[str, tuple[float, float]]:
     return {step: (mean(values), pstdev(values)) for step, values in found.items()}
 
 
-def row(kind: Kind, results: list[dict], seconds: float) -> list[str]:
-    """Of the table; ``seconds`` is the time for which agreement is told, too, on a line between the steps' figures."""
+def row(kind: Kind, results: list[dict], taken: float, seconds: float) -> list[str]:
+    """Of the table.
+
+    Args:
+        taken: seconds a step.
+        seconds: for which agreement is told, too, on a line between the steps' figures.
+    """
     import numpy as np
-    curve, taken = curve_of(results), sum(result["seconds"] for result in results) / len(results) / STEPS
+    curve = curve_of(results)
     then = np.interp(seconds / taken, [int(step) for step in curve], [middle for middle, _ in curve.values()])
     return [kind.label, f"{results[0]['parameters'] / 1e6:.2f} million", f"{taken:.2f}", f"{then:.3f}",
             *(f"{middle:.3f}" + (f" ± {spread:.3f}" if len(results) > 1 else "") for middle, spread in curve.values())]
@@ -329,11 +407,13 @@ def main() -> None:
                for kind in options.kinds or ALL}
     if options.kinds:
         return
-    seconds = sum(result["seconds"] for result in results["cross"]) / len(options.seeds)
+    taken = seconds_a_step(list(ALL), folder)
+    seconds = STEPS * taken["cross"]
     header = ["", "trained parameters", "seconds a step", f"after {seconds:.0f} s", *results["cross"][0]["f1"]]
     world.report("convergence", f"F1 of edges of {DRAWINGS} held-out drawings over training steps, "
                  f"{len(options.seeds)} seeds (one of what explains)", header,
-                 [row(ALL[kind], found, seconds) for kind, found in results.items()], {"results": results})
+                 [row(ALL[kind], found, taken[kind], seconds) for kind, found in results.items()],
+                 {"seconds_a_step": taken, "results": results})
     plot({kind: curve_of(results[kind]) for kind in KINDS}, len(options.seeds),
          world.FOLDER / "results" / "convergence.png")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +32,10 @@ import nodes  # noqa: E402  after utils, as in main.py: it puts comfy/, with ano
 
 PACK = BASE / "custom_nodes" / "ComfyUI-ControlNeXt"
 PACK.symlink_to(REPO, target_is_directory=True)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(BASE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
