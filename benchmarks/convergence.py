@@ -359,6 +359,7 @@ def plot(curves: dict[str, dict[str, tuple[float, float]]], seeds: int, path) ->
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(11, 4.5), layout="constrained")
+    axes.set_prop_cycle(color=pyplot.cm.tab20.colors)
     for kind, curve in curves.items():
         means, spreads = zip(*curve.values(), strict=True)
         axes.errorbar([int(step) for step in curve], means, spreads, label=KINDS[kind].label, marker=".", capsize=2,
