@@ -171,7 +171,7 @@ class Data:
 
     Attributes:
         controls: edges of the held-out drawings, (H, W) bool each; ``images`` and ``captions`` go with them.
-        autoencoder, deviation: of ``load_base``.
+        autoencoder, deviation: of ``load_autoencoder``.
     """
 
     samples: Samples
@@ -183,22 +183,29 @@ class Data:
     device: torch.device
 
 
-def load_base():
-    """The base model's (UNet, autoencoder, deviation of its latents) from its file."""
+def load_unet():
+    """The base model's UNet from its file, each time anew."""
+    from safetensors.torch import load_file
+
+    from demo_model import provide
+    from demo_model.denoiser import new_unet
+    unet = new_unet()
+    unet.load_state_dict(provide.part(load_file(provide.source(provide.CHECKPOINT)), provide.UNET))
+    return unet
+
+
+def load_autoencoder():
+    """(the base model's autoencoder, the deviation of its latents) from its file."""
     from safetensors.torch import load_file
 
     from demo_model import provide
     from demo_model.autoencoder import load_narrow
     from demo_model.bases import BASES
-    from demo_model.denoiser import new_unet
-    tensors = load_file(provide.source(provide.CHECKPOINT))
-    unet, vae = new_unet(), provide.part(tensors, provide.VAE)
-    autoencoder, deviation = load_narrow(vae), vae["vae_scale"].item() / BASES["sd15"].scale
-    unet.load_state_dict(provide.part(tensors, provide.UNET))
-    return unet, autoencoder.eval().requires_grad_(False), deviation
+    vae = provide.part(load_file(provide.source(provide.CHECKPOINT)), provide.VAE)
+    return load_narrow(vae).eval().requires_grad_(False), vae["vae_scale"].item() / BASES["sd15"].scale
 
 
-def draw(model, captions, images, autoencoder, deviation: float):
+def draw(model, data: Data):
     """Pictures (N, 3, H, W) in [0, 1] of a model that predicts noise: DPM-Solver++ in SAMPLING_STEPS, no guidance."""
     import torch
     from comfy.k_diffusion.sampling import get_sigmas_karras, sample_dpmpp_2m
@@ -207,19 +214,18 @@ def draw(model, captions, images, autoencoder, deviation: float):
     from demo_model.loop import mixed_precision
     schedule = ModelSamplingDiscrete()
     sigmas = get_sigmas_karras(SAMPLING_STEPS, schedule.sigma_min.item(), schedule.sigma_max.item())
-    device = autoencoder.taesd_decoder[1].weight.device
 
     def denoise(x, sigma):
         scaled = x / (sigma ** 2 + 1).sqrt().view(-1, 1, 1, 1)
-        with mixed_precision(device):
-            noise = model(scaled, schedule.timestep(sigma).float().to(device), captions, images)
+        with mixed_precision(data.device):
+            noise = model(scaled, schedule.timestep(sigma).float().to(data.device), data.captions, data.images)
         return x - sigma.view(-1, 1, 1, 1) * noise.float()
 
-    size = images.shape[-1] // 8
-    noise = torch.randn(len(images), 4, size, size, generator=torch.Generator().manual_seed(SEED)).to(device)
+    count, _, height, width = data.images.shape
+    noise = torch.randn(count, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(SEED))
     with torch.no_grad():
-        latents = sample_dpmpp_2m(denoise, noise * sigmas[0], sigmas.to(device), disable=True)
-        return autoencoder.taesd_decoder(latents * deviation).clamp(0, 1)
+        latents = sample_dpmpp_2m(denoise, noise.to(data.device) * sigmas[0], sigmas.to(data.device), disable=True)
+        return data.autoencoder.taesd_decoder(latents * data.deviation).clamp(0, 1)
 
 
 @cache
@@ -232,7 +238,7 @@ def load_data(folder) -> Data:
     from demo_model.samples import Samples, as_image, control_maps, encode, load_texts, varied_drawings
     from demo_model.world import load_world
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, autoencoder, deviation = load_base()
+    autoencoder, deviation = load_autoencoder()
     drawn, autoencoder = load_world(folder), autoencoder.to(device)
     varied = varied_drawings(drawn)
     latents = encode(varied, autoencoder.taesd_encoder)
@@ -250,7 +256,7 @@ def agreement(model, data: Data) -> float:
 
     from demo_model.agreement import drawn_edges, edge_f1
     from demo_model.world import to_drawings
-    pictures = to_drawings(draw(model, data.captions, data.images, data.autoencoder, data.deviation))
+    pictures = to_drawings(draw(model, data))
     return fmean(edge_f1(drawn_edges(picture), control)
                  for picture, control in zip(pictures, data.controls, strict=True))
 
@@ -259,7 +265,7 @@ def prepare(kind: Kind, seed: int, folder):
     """(model, loss of a batch, AdamW's parameter groups)."""
     from demo_model.denoiser import denoising_loss
     data = load_data(folder)
-    model, rates = controlled(kind, load_base()[0], seed)
+    model, rates = controlled(kind, load_unet(), seed)
     model.to(data.device)
     teacher = trained_controlnet(seed, folder).to(data.device) if kind.taught else None
     loss = denoising_loss(model, data.samples, data.device, DROPPED_CAPTIONS, SNR_LIMIT, SWAPPED_CAPTIONS, teacher)
@@ -335,7 +341,7 @@ def trained_controlnet(seed: int, folder):
     import torch
     from torch.optim.swa_utils import AveragedModel
     learn("controlnet", seed, folder)
-    averaged = AveragedModel(controlled(KINDS["controlnet"], load_base()[0], seed)[0])
+    averaged = AveragedModel(controlled(KINDS["controlnet"], load_unet(), seed)[0])
     averaged.load_state_dict(torch.load(folder / f"convergence_controlnet_{seed}.pt", weights_only=True)["averaged"])
     return averaged.module.requires_grad_(False).eval()
 
