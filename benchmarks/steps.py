@@ -123,7 +123,7 @@ def main() -> None:
     for model in (bare, controlled, reference):
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "inside", watch.inside)
     if not arguments.compile:  # a watch inside the compiled UNet would cut its graph in pieces
-        for kind in (pack.module("nodes.injection").Injection, ways.ReferenceControl):
+        for kind in (pack.module("nodes.runtime.injection").Injection, ways.ReferenceControl):
             kind.__call__ = watch.watched(kind.__call__)
     comfy.controlnet.ControlNet.get_control = watch.watched(comfy.controlnet.ControlNet.get_control)
     features = controlnext.loaded.features

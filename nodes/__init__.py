@@ -1,16 +1,17 @@
 """The ComfyUI face of ControlNeXt."""
 
+from .align_pose import ControlNeXtAlignPose
 from .apply import ControlNeXtApply
 from .canny import ControlNeXtCanny
+from .draw_pose import ControlNeXtDrawPose
 from .loader import ControlNeXtLoader
-from .pose import POSE_NODES
 from .save import ControlNeXtSave
-from .save_lora import ControlNeXtSaveAsLoRA
+from .save_as_lora import ControlNeXtSaveAsLoRA
 from .to_controlnet import ControlNeXtToControlNet
 from .train import ControlNeXtTrain
 from .unet_loader import ControlNeXtUNetLoader
 
 NODES = [
     ControlNeXtLoader, ControlNeXtApply, ControlNeXtToControlNet, ControlNeXtUNetLoader, ControlNeXtSaveAsLoRA,
-    ControlNeXtCanny, *POSE_NODES, ControlNeXtTrain, ControlNeXtSave,
+    ControlNeXtCanny, ControlNeXtAlignPose, ControlNeXtDrawPose, ControlNeXtTrain, ControlNeXtSave,
 ]

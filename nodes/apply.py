@@ -3,12 +3,13 @@
 import torch
 from comfy_api.latest import io
 
-from .base import FEW_BITS, apply_to_input, computes_in_few_bits, inject_at_input, settle
-from .control import Control, control_image
-from .injection import add_control
-from .model import ControlNeXt, ControlNeXtType
+from .inputs import apply_to_input, inject_at_input
 from .preview import show_strength, show_text
-from .strength_over_time import CurveInput, StrengthOverTime
+from .runtime.control import Control, control_image
+from .runtime.injection import add_control
+from .runtime.loaded import ControlNeXt, ControlNeXtType
+from .runtime.resolve import FEW_BITS, computes_in_few_bits, settle
+from .runtime.strength_over_time import CurveInput, StrengthOverTime
 
 
 class ControlNeXtApply(io.ComfyNode):

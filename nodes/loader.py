@@ -3,9 +3,9 @@
 from comfy_api.latest import io
 
 from ..controlnext_core.families import BASE_NAMES, FAMILIES, either, families_of
-from .files import fingerprint_listed, list_files
-from .model import FOLDERS, ControlNeXt, ControlNeXtType, load_controlnext
 from .preview import show_text
+from .runtime.files import fingerprint_listed, list_files
+from .runtime.loaded import FOLDERS, ControlNeXt, ControlNeXtType, load_controlnext
 
 
 class ControlNeXtLoader(io.ComfyNode):

@@ -6,8 +6,8 @@ import torch
 from comfy_api.latest import ui
 from server import PromptServer
 
-from ..controlnext_core.chart import draw_chart
-from .strength_over_time import STEPS, StrengthOverTime
+from .chart import draw_chart
+from .runtime.strength_over_time import STEPS, StrengthOverTime
 
 
 def show_text(cls, text: str) -> ui.PreviewText:

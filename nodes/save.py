@@ -8,9 +8,9 @@ from comfy_api.latest import io
 
 from ..controlnext_core.families import FAMILIES
 from ..controlnext_core.training import reference_files
-from .files import UNLISTED, write_whole
-from .model import ControlNeXt, ControlNeXtType
 from .preview import show_text
+from .runtime.files import UNLISTED, write_whole
+from .runtime.loaded import ControlNeXt, ControlNeXtType
 
 
 class ControlNeXtSave(io.ComfyNode):

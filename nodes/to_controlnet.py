@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from .base import apply_to_input, inject_at_input
-from .controlnet import ControlNeXtControl
-from .model import ControlNeXt, ControlNeXtType
+from .inputs import apply_to_input, inject_at_input
+from .runtime.control_net import ControlNeXtControlNet
+from .runtime.loaded import ControlNeXt, ControlNeXtType
 
 
 class ControlNeXtToControlNet(io.ComfyNode):
@@ -28,4 +28,4 @@ class ControlNeXtToControlNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, controlnext: ControlNeXt, inject_at: str = "auto", apply_to: str = "auto") -> io.NodeOutput:
-        return io.NodeOutput(ControlNeXtControl(controlnext, inject_at, apply_to))
+        return io.NodeOutput(ControlNeXtControlNet(controlnext, inject_at, apply_to))

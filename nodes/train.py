@@ -13,32 +13,26 @@ import torch
 from comfy_api.latest import io
 from tqdm.auto import tqdm
 
-from ..controlnext_core import checkpoint
-from ..controlnext_core.families import either, resolve
 from ..controlnext_core.training import (
-    NEW_VARIANTS,
-    UNET_PATTERNS,
     Training,
-    learn_scale,
-    new_module,
-    select_weights,
     with_scale,
 )
-from ..controlnext_core.unet_keys import Target, targets_of
+from ..controlnext_core.unet_keys import targets_of
 from ..controlnext_core.unet_weights import read
-from .base import base_of_model, family_of, inject_at_input
-from .files import fingerprint, write_whole
-from .model import ControlNeXt, ControlNeXtType, trained_controlnext
-from .places import images_a_frame, places_of
+from .inputs import inject_at_input
 from .preview import send_text, show_text
-from .teacher import Teacher
-from .training_data import Samples
-from .training_run import Run, TrainingControl, trainable_clone
-from .unet_loader import BaseWeights, add_unet_weights
+from .runtime.base_weights import BaseWeights, add_unet_weights
+from .runtime.files import fingerprint, write_whole
+from .runtime.loaded import ControlNeXt, ControlNeXtType, trained_controlnext
+from .runtime.places import images_a_frame
+from .runtime.resolve import base_of_model
+from .training.data import Samples
+from .training.session import Run, trainable_clone
+from .training.start import WITH_UNET, start_control, start_differences
+from .training.teacher import Teacher
 
 FOLDER = "controlnext_training"  # in the output folder
 NONE = "none"
-WITH_UNET = "module and UNet weights"
 FRAMES_IN_ROWS = ("svd",)  # bases of which a LATENT is one video
 TEXTS, MEAN_OF = 1000, 50  # texts in a training; losses in the mean that they tell
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -198,10 +192,10 @@ class ControlNeXtTrain(io.ComfyNode):
             state = torch.load(os.path.join(_folder(), settings.resume_from), "cpu", weights_only=True)
             controlnext = trained_controlnext(with_scale(state["module"], state["scale"]), state["family"],
                                               settings.resume_from, state["differences"], state.get("place"))
-        control = _start(model, controlnext, settings.seed, settings.inject_at, settings.scale_learning_rate > 0)
+        control = start_control(model, controlnext, settings.seed, settings.inject_at, settings.scale_learning_rate > 0)
         shapes = BaseWeights(model).shapes
         names = targets_of(shapes)
-        differences = _differences(model, names, shapes, controlnext, settings)
+        differences = start_differences(model, names, shapes, controlnext, settings)
         training = Training(control.module, differences, settings.learning_rate, settings.unet_learning_rate,
                             settings.ema, settings.seed, settings.warmup_steps, settings.grad_accumulation_steps,
                             settings.scale_learning_rate)
@@ -282,64 +276,6 @@ def _states() -> list[str]:
     """The kept trainings, as names below their folder."""
     return sorted(os.path.relpath(os.path.join(folder, file), _folder())
                   for folder, _, files in os.walk(_folder()) for file in files if file.endswith(".pt"))
-
-
-def _start(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "auto",
-           learns_scale: bool = False) -> TrainingControl:
-    """The control to train: a new one for this MODEL, or a copy of the one to go on from.
-
-    Raises:
-        ValueError: a MODEL that cannot be trained on, or a CONTROLNEXT for another one.
-    """
-    base = base_of_model(model.model)
-    family = (family_of(model.model, controlnext) if controlnext
-              else resolve("light", NEW_VARIANTS.get(base, "auto"), base))
-    places = places_of(model.model.diffusion_model)
-    if inject_at == "auto":
-        inject_at = controlnext and controlnext.place or family.place
-    if inject_at not in places:
-        raise ValueError(f"inject_at: control of {family.name} should enter at {inject_at}, a place that the "
-                         f"connected MODEL lacks; set inject_at to {either(list(places))}.")
-    place = places[inject_at]
-    if controlnext is None:
-        state_dict = new_module(family, seed, out=place.channels).state_dict()
-        scale = 1.0
-    else:
-        found = controlnext.loaded.checkpoint
-        state_dict = {key: value.float() for key, value in found.state_dict.items()}
-        scale = found.scale
-        if found.module.out_channels != place.channels:
-            raise ValueError(f"controlnext: {controlnext.name} gives {found.module.out_channels} channels where the "
-                             f"connected MODEL takes {place.channels} at {inject_at}; connect the MODEL that it is "
-                             "for, or train a new one.")
-    module = checkpoint.read(state_dict, "controlnext", operations=comfy.ops.manual_cast).module
-    module.load_state_dict(state_dict)
-    if learns_scale:
-        learn_scale(module, scale)
-    return TrainingControl(module.to(model.load_device), family, place, inject_at, scale)
-
-
-def _differences(model, names: dict[str, Target], shapes: dict[str, tuple], controlnext: ControlNeXt | None,
-                 settings) -> dict[str, torch.Tensor]:
-    """{diffusers name: difference to start from} of the UNet weights to train. ValueError: the pattern fits none."""
-    found = {}
-    if settings.trainable == WITH_UNET:
-        pattern = settings.unet_pattern or UNET_PATTERNS[base_of_model(model.model)]
-        found = {name: torch.zeros(target.shape(shapes[target.key]))
-                 for name, target in select_weights(names, pattern).items()}
-        if not found:
-            raise ValueError(f"unet_pattern: no UNet weight of the connected MODEL has {pattern} in its name; clear it "
-                             "to train those that the reference trains.")
-    given = controlnext.unet_differences if controlnext else {}
-    if foreign := given.keys() - names.keys():
-        raise ValueError(f"controlnext: {controlnext.name} was trained with UNet weights that the connected MODEL "
-                         f"lacks ({min(foreign)}); connect the MODEL that it is for.")
-    found |= given
-    weights = dict(model.model.diffusion_model.named_parameters())
-    if any(not weights[names[name].key].is_floating_point() for name in found if names[name].key in weights):
-        raise ValueError("trainable: the connected MODEL is in GGUF, whose layers add nothing to their weights while "
-                         "they train; connect the same model in fp16 or fp8, or set trainable to module.")
-    return {name: value.to(model.load_device) for name, value in found.items()}
 
 
 def _to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

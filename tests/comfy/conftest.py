@@ -139,7 +139,7 @@ def control(request, apply, hang):
 
 @pytest.fixture
 def cache_of(pack):
-    return pack("nodes.feature_cache").FeatureCache
+    return pack("nodes.runtime.feature_cache").FeatureCache
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_image_of_another_size_is_stretched_to_the_picture(apply, unets, control
 @pytest.mark.parametrize("start, end, expected", [(0.0, 0.4, [1, 1, 0, 0]), (0.5, 1.0, [0, 0, 1, 1]),
                                                   (0.0, 1.0, [1] * 4)])
 def test_start_and_end_percent_choose_the_steps(apply, unets, controlnexts, pack, monkeypatch, start, end, expected):
-    injection = pack("nodes.injection")
+    injection = pack("nodes.runtime.injection")
     acted = []
     real = injection.add_controls
     monkeypatch.setattr(injection, "add_controls", lambda *args: acted.append(1) or real(*args))

@@ -218,7 +218,7 @@ def test_results_with_and_without_caches_are_equal_bit_for_bit(
 
 def test_threads_that_share_a_control_get_what_each_gets_alone(pack, apply, unets, controlnexts):
     """As in multi-GPU sampling, where every device has a thread; sizes and timesteps differ to make it harder."""
-    half, forward = pack("nodes.control").Half, pack("nodes.control").Forward
+    half, forward = pack("nodes.runtime.forward").Half, pack("nodes.runtime.forward").Forward
     options = apply(unets["sd15"], controlnexts["sd15"], picture(91, 2)).model_options["transformer_options"]
     control, = options["patches"]["input_block_patch_after_skip"][0].controls
     calls = [forward(5.0, (at, at), (half(True, None), half(False, None)), (size, size), (size, size), (0, 1), 2, 2,

@@ -46,17 +46,17 @@ def wan(pack):
     """(a small Wan, a CONTROLNEXT for it whose first layers are as wide as a new one's)."""
     module = new_module(FAMILIES["wan"], out=128)
     return (small_transformer("wan"),
-            pack("nodes.model").trained_controlnext(module.state_dict(), "auto", "wide.safetensors", {}))
+            pack("nodes.runtime.loaded").trained_controlnext(module.state_dict(), "auto", "wide.safetensors", {}))
 
 
 @pytest.mark.parametrize("family, images, height, width", [
     ("sd15", 1, 768, 768), ("sdxl", 1, 1024, 1024), ("svd", 2, 1024, 576), ("wan", 9, 480, 832)])
 def test_a_forward_of_the_module_takes_what_is_told_within_a_fifth(
         pack, apply, unets, controlnexts, wan, family, images, height, width):
-    at, half, video = (height // 8, width // 8), pack("nodes.control").Half(True), family == "wan"
+    described, at, video = pack("nodes.runtime.forward"), (height // 8, width // 8), family == "wan"
     frames = (images - 1) // 4 + 1 if video else images
-    forward = pack("nodes.control").Forward(0.9 if video else 5.0, (900.0,) * (1 if video else images), (half,), at, at,
-                                            tuple(range(frames)), frames, frames, DTYPE, torch.device("cpu"), video)
+    forward = described.Forward(0.9 if video else 5.0, (900.0,) * (1 if video else images), (described.Half(True),), at,
+                                at, tuple(range(frames)), frames, frames, DTYPE, torch.device("cpu"), video)
     model, controlnext = wan if video else (unets[family], controlnexts[family])
     control = control_in(apply(model, controlnext, picture(1, images, height, width)))
     control.loaded.features.clear()

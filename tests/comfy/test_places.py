@@ -20,7 +20,7 @@ EXPECTED = {  # {place: (block, channels, halvings)}
 @pytest.mark.parametrize("name", EXPECTED)
 def test_places_follow_the_blocks_of_the_model(pack, name):
     changes, expected = EXPECTED[name]
-    places = pack("nodes.places").places_of(unet_model(name[:4].strip(), **changes).model.diffusion_model)
+    places = pack("nodes.runtime.places").places_of(unet_model(name[:4].strip(), **changes).model.diffusion_model)
     middle = places.pop("middle")
     assert {place: (at.block[1], at.channels, at.halvings) for place, at in places.items()} == expected
     assert (middle.channels, middle.halvings) == expected["before_middle"][1:]
@@ -31,7 +31,7 @@ def test_places_follow_the_blocks_of_the_model(pack, name):
 def test_a_transformer_has_the_tokens_and_every_block_but_the_last(pack, blocks):
     with torch.device("meta"):
         transformer = sd3_model(depth=blocks).model.diffusion_model
-    places = pack("nodes.places").places_of(transformer)
+    places = pack("nodes.runtime.places").places_of(transformer)
     assert list(places) == ["tokens", *(f"block_{index}" for index in range(blocks - 1))]
     assert [at.block for at in places.values()] == [("double_block", index) for index in range(blocks)]
     assert {(at.slot, at.channels, at.halvings) for at in places.values()} == {("controlnext_tokens", 64 * blocks, 1)}

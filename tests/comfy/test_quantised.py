@@ -81,7 +81,7 @@ def test_the_unet_loader_tells_differences_from_replacements_and_applies_them(qu
 
 def test_base_weights_are_those_that_the_model_computes_with(quantised, pack):
     model, plain = quantised
-    read, exact = pack("nodes.unet_loader").BaseWeights(model), plain.model.diffusion_model.state_dict()
+    read, exact = pack("nodes.runtime.base_weights").BaseWeights(model), plain.model.diffusion_model.state_dict()
     assert read.shapes == {key: tuple(value.shape) for key, value in exact.items()}
     for key in (KEY, "out.2.weight"):
         assert torch.allclose(read(key), exact[key], atol=1e-6)
@@ -97,7 +97,7 @@ def test_a_base_that_multiplies_in_8_bits_is_told_by_both_routes(run, models_fol
     model, exact = load("int8_tensorwise", weights, run, models_folder)
     plain = known_unet()
     plain.model.diffusion_model.load_state_dict(exact)
-    sentence = pack("nodes.base").FEW_BITS
+    sentence = pack("nodes.runtime.resolve").FEW_BITS
     shown = pack("nodes.apply").ControlNeXtApply.execute(model, controlnext, picture(), 1.0, 0.0, 1.0)
     assert shown.ui["text"] == (sentence,)
     caplog.clear()
@@ -143,7 +143,7 @@ def gguf(weights):
 
 def test_weights_in_gguf_are_read_by_the_packs_own_function(gguf, weights, pack):
     with torch.inference_mode():
-        read = pack("nodes.unet_loader").BaseWeights(gguf)
+        read = pack("nodes.runtime.base_weights").BaseWeights(gguf)
         assert read.shapes == {key: tuple(value.shape) for key, value in weights.items()}
         assert torch.allclose(read(KEY), in_levels(weights[KEY]), atol=1e-6)
 

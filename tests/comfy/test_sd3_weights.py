@@ -28,7 +28,7 @@ def train(run, pack):
     """train(model, **settings): the node's outputs on one fixed picture."""
     def run_training(model, **settings):
         module = new_module(FAMILIES["sd3"], out=192, **NARROW)
-        controlnext = pack("nodes.model").trained_controlnext(module.state_dict(), "sd3", "small", {})
+        controlnext = pack("nodes.runtime.loaded").trained_controlnext(module.state_dict(), "sd3", "small", {})
         generator = torch.Generator().manual_seed(2)
         with torch.inference_mode(False):
             return run("ControlNeXtTrain", model=[model],
@@ -120,7 +120,7 @@ def test_a_diffusers_file_replaces_the_weights_and_a_part_of_it_cannot(sd3, run,
 
 def test_captions_of_different_lengths_cannot_be_in_one_batch(pack, sd3):
     captions = [cond(sd3, seed, context=torch.randn(1, tokens, 4096)) for seed, tokens in enumerate((77, 154))]
-    samples = pack("nodes.training_data").Samples([{"samples": torch.zeros(2, 16, 8, 8)}], captions,
+    samples = pack("nodes.training.data").Samples([{"samples": torch.zeros(2, 16, 8, 8)}], captions,
                                                   [picture(0, 2)], None, 8)
     with pytest.raises(ValueError, match="^conditioning: captions of one batch have different lengths"):
         samples.batch_conds(sd3.model, [0, 1], [False, False], "cpu")

@@ -108,7 +108,7 @@ def test_a_sampling_in_two_runs_follows_the_same_curve(sampled, curve):
 
 def test_another_strength_over_time_takes_the_features_as_they_are(sampled, keyframes, pack, monkeypatch):
     sampled()
-    cache = pack("nodes.feature_cache").FeatureCache
+    cache = pack("nodes.runtime.feature_cache").FeatureCache
     found = []
     get = cache.get
     monkeypatch.setattr(cache, "get", lambda self, key, compute, **step: get(

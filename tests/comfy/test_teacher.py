@@ -66,7 +66,7 @@ def sd3_controlnet(model) -> dict[str, torch.Tensor]:
 
 def student(pack, base: str):
     module = new_module(FAMILIES[base], seed=2, out=WIDTHS[base], **NARROW)
-    return pack("nodes.model").trained_controlnext(module.state_dict(), base, "small", {})
+    return pack("nodes.runtime.loaded").trained_controlnext(module.state_dict(), base, "small", {})
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def teachers(pack, run, models, models_folder):
         loaded[name] = run("ControlNetLoader", control_net_name=file.name)
         file.unlink()
     module = new_module(FAMILIES["sd15"], seed=3, out=64, **NARROW)
-    other = pack("nodes.model").trained_controlnext(module.state_dict(), "sd15", "other", {})
+    other = pack("nodes.runtime.loaded").trained_controlnext(module.state_dict(), "sd15", "other", {})
     return loaded | {"controlnext": run("ControlNeXtToControlNet", controlnext=other)}
 
 
@@ -162,16 +162,16 @@ def test_a_chain_of_controlnets_teaches_as_it_steers(train, distance, models, te
 
 @pytest.mark.parametrize("kind, base", KINDS.items())
 def test_the_teacher_sees_each_row_s_own_image_and_nothing_of_the_student(pack, models, teachers, vae, kind, base):
-    training, run, model = pack("nodes.train"), pack("nodes.training_run"), models[base]
+    start, run, model = pack("nodes.training.start"), pack("nodes.training.session"), models[base]
     rows = [1, 0]
-    samples = pack("nodes.training_data").Samples(latents(model, 2), [cond(model, seed) for seed in rows],
+    samples = pack("nodes.training.data").Samples(latents(model, 2), [cond(model, seed) for seed in rows],
                                                   [picture(seed) for seed in rows], None, 8)
-    control = training._start(model, student(pack, base), seed=3)
+    control = start.start_control(model, student(pack, base), seed=3)
     target = next(target for name, target in targets_of(shapes(model.model.diffusion_model.state_dict())).items()
                   if "to_out.0.weight" in name)
     difference = torch.nn.Parameter(torch.randn(model.model.diffusion_model.get_parameter(target.key).shape))
     clone = run.trainable_clone(model, control, {target: difference}, torch.float32, False)
-    teacher = pack("nodes.teacher").Teacher(teachers[kind], 1.0, 1.0, vae)
+    teacher = pack("nodes.training.teacher").Teacher(teachers[kind], 1.0, 1.0, vae)
     comfy.model_management.load_models_gpu([clone, *teacher.models()])
     trainer = run.Run(clone, control, pack("controlnext_core.training").Training(control.module), samples, 2, 0.0,
                       teacher=teacher)
@@ -197,7 +197,7 @@ def test_a_union_controlnet_teaches_the_type_that_was_set(run, pack, train):
     net.load_state_dict(filled(net))
     union = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
     module = new_module(FAMILIES["sd15"], **NARROW)
-    wide = pack("nodes.model").trained_controlnext(module.state_dict(), "sd15", "wide", {})
+    wide = pack("nodes.runtime.loaded").trained_controlnext(module.state_dict(), "sd15", "wide", {})
     losses = [train(model, "sd15", run("SetUnionControlNetType", control_net=union, type=kind), count=1,
                     trainable="module", controlnext=wide)[1]["loss"] for kind in ("openpose", "depth")]
     assert losses[0] != losses[1]

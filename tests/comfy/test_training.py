@@ -48,7 +48,7 @@ def small(pack):
     """small(base): an untrained CONTROLNEXT for ``narrow_unet``, narrow too."""
     def make(base: str = "sd15"):
         module = new_module(FAMILIES[base], out=64, **NARROW)
-        return pack("nodes.model").trained_controlnext(module.state_dict(), base, "small", {})
+        return pack("nodes.runtime.loaded").trained_controlnext(module.state_dict(), base, "small", {})
     return make
 
 
@@ -104,9 +104,9 @@ def test_a_few_steps_lower_the_loss_on_one_picture_and_leave_the_model_as_it_was
 
 def test_what_is_trained_is_what_is_applied(pack, small, unet):
     """One forward of the training and one of Apply ControlNeXt give the same."""
-    train, run = pack("nodes.train"), pack("nodes.training_run")
+    train, run = pack("nodes.train"), pack("nodes.training.session")
     latents, images = pictures([(8, 8)] * 2)
-    samples = pack("nodes.training_data").Samples(latents, [cond(unet, seed) for seed in (0, 1)], images, None, 8)
+    samples = pack("nodes.training.data").Samples(latents, [cond(unet, seed) for seed in (0, 1)], images, None, 8)
     control = train._start(unet, small(), seed=3)
     clone = run.trainable_clone(unet, control, {}, torch.float32, True)
     comfy.model_management.load_models_gpu([clone])
@@ -116,7 +116,7 @@ def test_what_is_trained_is_what_is_applied(pack, small, unet):
     x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([2.0, 2.0])
     ours = denoise(x, sigma, [1, 0], [False, False])
     assert ours.requires_grad
-    controlnext = pack("nodes.model").trained_controlnext(control.module.state_dict(), "sd15", "test", {})
+    controlnext = pack("nodes.runtime.loaded").trained_controlnext(control.module.state_dict(), "sd15", "test", {})
     for row, which in enumerate((1, 0)):
         applied = pack("nodes.apply").ControlNeXtApply.execute(unet, controlnext, images[which], 1.0, 0.0, 1.0)[0]
         options = {**applied.model_options["transformer_options"], "wrappers": applied.wrappers}
@@ -136,7 +136,7 @@ def test_rows_of_a_batch_belong_together_also_after_resolution_bucket(pack, run,
     empty = cond(unet, context=torch.full((1, 77, 768), -1.0))
     assert len(bucketed[0]) == 3
     for some_latents, some_conds in ((latents, conds), bucketed):
-        samples = pack("nodes.training_data").Samples(some_latents, some_conds, images, empty, 8)
+        samples = pack("nodes.training.data").Samples(some_latents, some_conds, images, empty, 8)
         assert sorted(len(rows) for rows in samples.buckets()) == [1, 2, 2]
         for rows in samples.buckets():
             dropped = [True] + [False] * (len(rows) - 1)
@@ -150,7 +150,7 @@ def test_rows_of_a_batch_belong_together_also_after_resolution_bucket(pack, run,
 def test_a_caption_may_be_that_of_all_pictures_of_a_latent(pack, unet):
     latents = [{"samples": torch.full((count, 4, 8, 8), float(index))} for index, count in enumerate((1, 3))]
     conds = [cond(unet, context=torch.full((1, 2, 768), float(index))) for index in range(2)]
-    samples = pack("nodes.training_data").Samples(latents, conds, [torch.zeros(4, 64, 64, 3)], None, 8)
+    samples = pack("nodes.training.data").Samples(latents, conds, [torch.zeros(4, 64, 64, 3)], None, 8)
     context = samples.batch_conds(unet.model, [0, 1, 2, 3], [False] * 4, "cpu")["c_crossattn"]
     assert context[:, 0, 0].tolist() == samples.batch_latents([0, 1, 2, 3])[:, 0, 0, 0].tolist() == [0.0, 1.0, 1.0, 1.0]
 
@@ -184,7 +184,7 @@ def test_an_interrupted_training_is_kept_and_resumed_as_if_it_had_never_stopped(
 
 def test_for_super_resolution_control_is_a_small_copy_of_the_picture_drawn_anew_each_time(
         pack, train, unet, monkeypatch):
-    run_module, copies = pack("nodes.training_run"), []
+    run_module, copies = pack("nodes.training.session"), []
     degraded = run_module.degraded
 
     def note(picture, generator):

@@ -50,7 +50,7 @@ def small(pack):
         stem = {} if family == "sd15_mid" else {key: value for key, value in NARROW.items() if "width_" not in key}
         module = new_module(TABLE[family], seed=2, out=64, **({**stem, **widths} if widths else NARROW))
         weights = {**module.state_dict(), **({"scale": torch.tensor(0.9)} if widths else {})}
-        return pack("nodes.model").trained_controlnext(weights, family, "small", {})
+        return pack("nodes.runtime.loaded").trained_controlnext(weights, family, "small", {})
     return make
 
 

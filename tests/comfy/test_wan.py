@@ -98,7 +98,7 @@ def test_a_video_is_trained_under_the_control_that_is_applied_to_it(pack, wan, a
         ours = run._denoise(x, sigma, [0], [False])
         assert ours.requires_grad
         module = {key: value.detach() for key, value in run.control.module.state_dict().items()}
-        applied = apply(wan, pack("nodes.model").trained_controlnext(module, "wan", "test", {}), picture(2, 9),
+        applied = apply(wan, pack("nodes.runtime.loaded").trained_controlnext(module, "wan", "test", {}), picture(2, 9),
                         inject_at="block_0")
         options = {**applied.model_options["transformer_options"], "wrappers": applied.wrappers}
         with torch.no_grad():
@@ -139,7 +139,7 @@ def test_a_resumed_training_on_videos_equals_an_uninterrupted_one_and_a_batch_is
 def test_pictures_and_videos_are_trained_together_and_frames_that_the_vae_left_out_have_no_control(pack):
     latents = [{"samples": one} for one in (video(1), video(3), video(2), video(1))]
     images = [picture(seed, frames) for seed, frames in enumerate((1, 11, 5, 1))]
-    samples = pack("nodes.training_data").Samples(latents, [cond(small_transformer("wan"))], images, None, 8,
+    samples = pack("nodes.training.data").Samples(latents, [cond(small_transformer("wan"))], images, None, 8,
                                                   images_a_frame=4)
     assert samples.videos
     assert samples.buckets() == [[0, 1], [2], [3]]

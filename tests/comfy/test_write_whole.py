@@ -36,7 +36,7 @@ def folder(tmp_path_factory, monkeypatch) -> Path:
 def save_model(comfy_nodes, pack, goldens, folder):
     """save_model(): Save ControlNeXt Model of 14 MB and 32 MB of UNet weights."""
     weights = {"down_blocks.0.attentions.0.to_out.weight": torch.rand(8 * MB)}
-    controlnext = pack("nodes.model").trained_controlnext(goldens.state_dict("sd15"), "sd15", "test", weights)
+    controlnext = pack("nodes.runtime.loaded").trained_controlnext(goldens.state_dict("sd15"), "sd15", "test", weights)
     return lambda: comfy_nodes["ControlNeXtSave"].execute(controlnext, f"{folder.name}/saved")
 
 

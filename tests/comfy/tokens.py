@@ -66,7 +66,7 @@ BASES = {
 def new_controlnext(pack, base: str, width: int | None = None):
     """A CONTROLNEXT for the small model of a base, or one of another width."""
     module = new_module(FAMILIES[base], seed=1, out=width or BASES[base].width, **NARROW)
-    return pack("nodes.model").trained_controlnext(module.state_dict(), "auto", "small.safetensors", {})
+    return pack("nodes.runtime.loaded").trained_controlnext(module.state_dict(), "auto", "small.safetensors", {})
 
 
 def drawn(base: str, model, positive=None, negative=None, batch=1, size=None, **options) -> torch.Tensor:

@@ -26,12 +26,12 @@ def samples(base: str, model, frames: int = 1) -> dict:
 @contextmanager
 def running(pack, base: str, model, frames: int = 1, checkpointing: bool = True):
     """(a Run on ``samples``, its Training) as the node makes them, with control after the first block."""
-    training_run, training = pack("nodes.training_run"), pack("controlnext_core.training")
-    data = pack("nodes.training_data").Samples(*samples(base, model, frames).values(), None, BASES[base].ratio,
+    training_run, training = pack("nodes.training.session"), pack("controlnext_core.training")
+    data = pack("nodes.training.data").Samples(*samples(base, model, frames).values(), None, BASES[base].ratio,
                                                images_a_frame=4)
     with torch.inference_mode(False), pytest.MonkeyPatch.context() as patch:
         patch.setattr("comfy.model_management.in_training", True)
-        control = pack("nodes.train")._start(model, new_controlnext(pack, base), 0, "block_0")
+        control = pack("nodes.training.start").start_control(model, new_controlnext(pack, base), 0, "block_0")
         shapes = {key: tuple(value.shape) for key, value in model.model.diffusion_model.state_dict().items()}
         targets = select_weights(targets_of(shapes), UNET_PATTERNS[base])
         state = training.Training(control.module, {name: torch.zeros(target.shape(shapes[target.key]))

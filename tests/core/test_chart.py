@@ -1,7 +1,6 @@
 """The chart of strength over the sampling."""
 
 import numpy as np
-
 from controlnext_core.chart import AREA, draw_chart
 
 

@@ -9,9 +9,9 @@ import torch
 from comfy_api.latest import io
 
 from ..controlnext_core.unet_weights import lora_key, low_rank
-from .files import fingerprint_listed, list_files, write_whole
 from .preview import show_text
-from .unet_loader import FOLDERS, BaseWeights, choose_mode, load_unet_weights, remarks
+from .runtime.base_weights import FOLDERS, BaseWeights, choose_mode, load_unet_weights, remarks
+from .runtime.files import fingerprint_listed, list_files, write_whole
 
 
 class ControlNeXtSaveAsLoRA(io.ComfyNode):

@@ -12,10 +12,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from ..controlnext_core.degradation import degraded
-from ..controlnext_core.families import Family
-from ..controlnext_core.sizes import halved
-from ..controlnext_core.training import (
+from ...controlnext_core.degradation import degraded
+from ...controlnext_core.families import Family
+from ...controlnext_core.sizes import halved
+from ...controlnext_core.training import (
     LOG_SIGMAS,
     Training,
     control_features,
@@ -25,12 +25,12 @@ from ..controlnext_core.training import (
     drop_captions,
     prediction_loss,
 )
-from ..controlnext_core.unet_keys import Target
-from .control import RESIZING, Forward, images_of
-from .injection import add_control
-from .places import TRANSFORMERS, Place, blocks_of
+from ...controlnext_core.unet_keys import Target
+from ..runtime.control import RESIZING, Forward, images_of
+from ..runtime.injection import add_control
+from ..runtime.places import TRANSFORMERS, Place, blocks_of
+from .data import Samples
 from .teacher import Teacher
-from .training_data import Samples
 
 PREFIX = "diffusion_model."
 PREVIEW_STEPS = 12

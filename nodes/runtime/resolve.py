@@ -1,30 +1,11 @@
 """What a ControlNeXt is for a connected MODEL: its family, place and gains, or one sentence on why it does not fit."""
 
-from comfy_api.latest import io
-
-from ..controlnext_core.families import BASE_NAMES, Family, either, listed, resolve
-from .model import ControlNeXt
-from .places import PLACES, Place, base_of, places_of
-
-WHERE = ("Where control enters the UNet, or the tokens of a transformer such as SD3: at once or after a block. auto is "
-         "where the model was trained to enter.")
+from ...controlnext_core.families import BASE_NAMES, Family, either, listed, resolve
+from .loaded import ControlNeXt
+from .places import Place, base_of, places_of
 
 FEW_BITS = ("The connected MODEL multiplies in 8 bits or fewer, so what control changes is off by some percent, as all "
             "that it computes; connect the same model in fp16 or GGUF to have it exact.")
-
-
-def inject_at_input(tooltip: str = WHERE) -> io.Input:
-    """What ``settle`` takes as ``inject_at``."""
-    return io.Combo.Input("inject_at", options=["auto", *PLACES], default="auto", optional=True, advanced=True,
-                          tooltip=tooltip)
-
-
-def apply_to_input(whose: str = "") -> io.Input:
-    """What ``settle`` takes as ``apply_to``."""
-    return io.Combo.Input(
-        "apply_to", options=["auto", "both", "positive"], default="auto", optional=True, advanced=True,
-        tooltip=f"Which guidance halves are controlled{whose}. auto is how the model was trained; positive leaves the "
-                "negative half alone, which makes control stronger.")
 
 
 def base_of_model(base_model) -> str:

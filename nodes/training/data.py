@@ -5,7 +5,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
-from ..controlnext_core.sizes import as_rgb
+from ...controlnext_core.sizes import as_rgb
 
 
 class Samples:

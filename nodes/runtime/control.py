@@ -4,69 +4,19 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import comfy.model_management
 import comfy.utils
 import torch
 
-from ..controlnext_core.cross_normalization import fit, pool
-from ..controlnext_core.families import Family
-from ..controlnext_core.sizes import as_rgb, crop, halved
-from .model import ControlNeXt, LoadedModule
+from ...controlnext_core.cross_normalization import fit, pool
+from ...controlnext_core.families import Family
+from ...controlnext_core.sizes import as_rgb, crop, halved
+from .forward import Forward, Half
+from .loaded import ControlNeXt, LoadedModule
 from .places import Place
 
 RESIZING = "lanczos"  # of control images, as the reference does
-
-
-@dataclass(frozen=True)
-class Half:
-    """One guidance half of a batch.
-
-    Attributes:
-        positive: it is the positive one.
-        area: (height, width, top, left) of the latent that it is for, None for all of it.
-        start: the first of the video's latent frames, or of a context window's, that it is for.
-    """
-
-    positive: bool
-    area: tuple[int, int, int, int] | None = None
-    start: int = 0
-
-
-@dataclass(frozen=True)
-class Forward:
-    """What all controls need to know of one call of the UNet.
-
-    Attributes:
-        sigma: noise level of the call.
-        timesteps: the UNet's own timestep for each sample of a half.
-        halves: the guidance halves in the batch, in order; all of them again for each tile of a tiled picture.
-        latent: (H, W) of the whole latent.
-        size: (H, W) of the latent in this call, smaller than ``latent`` for a regional cond.
-        frames: for each sample of a half, its place in the whole batch or video; of a video in a latent of its own, for
-            each latent frame, those before a half's ``start`` too.
-        count: samples of a half, or latent frames.
-        total: samples of the whole batch or video.
-        dtype, device: of the UNet's features.
-        video: the latents are videos, and all samples share the frames.
-    """
-
-    sigma: float
-    timesteps: tuple[float, ...]
-    halves: tuple[Half, ...]
-    latent: tuple[int, int]
-    size: tuple[int, int]
-    frames: tuple[int, ...]
-    count: int
-    total: int
-    dtype: torch.dtype
-    device: torch.device
-    video: bool = False
-
-    def frames_of(self, half: Half) -> tuple[int, ...]:
-        """Those of ``frames`` that are a half's."""
-        return self.frames[half.start:half.start + self.count]
 
 
 class Control:

@@ -1,60 +1,13 @@
-"""Poses for ControlNeXt's video models: aligned to the picture that is animated, and drawn as they were in training."""
+"""ControlNeXt Draw Pose."""
 
 import torch
 from comfy.model_management import intermediate_device, throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
-from ..controlnext_core.pose_align import align_pose
 from ..controlnext_core.pose_draw import COLORS, draw_pose
-from ..controlnext_core.pose_keypoints import read_pose_keypoints, write_pose_keypoints
-
-PoseKeypoint = io.Custom("POSE_KEYPOINT")
-
-
-class ControlNeXtAlignPose(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="ControlNeXtAlignPose",
-            display_name="ControlNeXt Align Pose",
-            category="ControlNeXt",
-            description=(
-                "Moves and scales the poses of a video so that they fit the person in a reference picture, "
-                "as ControlNeXt's video models expect."
-            ),
-            search_aliases=["pose", "keypoints", "align", "retarget", "rescale", "dwpose", "sdpose", "mimicmotion"],
-            inputs=[
-                PoseKeypoint.Input(
-                    "keypoints",
-                    tooltip="The poses of the driving video, from SDPose Keypoint Extractor or a DWPose node.",
-                ),
-                PoseKeypoint.Input(
-                    "reference",
-                    tooltip=(
-                        "The pose of the picture to animate, detected after it was cropped to the video's size. "
-                        "Its first frame counts, and there the first person."
-                    ),
-                ),
-                io.Boolean.Input(
-                    "prepend_reference",
-                    default=True,
-                    tooltip=(
-                        "Put the reference pose before the first frame, as the ControlNeXt SVD models were trained. "
-                        "The result is then one frame longer than the video."
-                    ),
-                ),
-            ],
-            outputs=[
-                PoseKeypoint.Output("keypoints", tooltip="The aligned poses, in pixels of the reference's canvas."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, keypoints, reference, prepend_reference=True) -> io.NodeOutput:
-        frames = read_pose_keypoints(keypoints, "keypoints")
-        reference_frame = read_pose_keypoints(reference, "reference")[0]
-        return io.NodeOutput(write_pose_keypoints(align_pose(frames, reference_frame, prepend_reference)))
+from ..controlnext_core.pose_keypoints import read_pose_keypoints
+from .inputs import PoseKeypoint
 
 
 class ControlNeXtDrawPose(io.ComfyNode):
@@ -107,6 +60,3 @@ class ControlNeXtDrawPose(io.ComfyNode):
             image.copy_(torch.from_numpy(picture)).div_(255)
             progress.update(1)
         return io.NodeOutput(images)
-
-
-POSE_NODES = [ControlNeXtAlignPose, ControlNeXtDrawPose]

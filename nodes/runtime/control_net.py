@@ -8,11 +8,12 @@ from comfy.controlnet import ControlNet
 from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
 from comfy.patcher_extension import WrappersMP
 
-from .base import FEW_BITS, computes_in_few_bits, settle
 from .control import RESIZING, Control, control_image, memory_of
-from .injection import KEY, describe, note_conds, serve
-from .model import ControlNeXt
-from .reserve import prepare
+from .forward import describe, note_conds
+from .injection import KEY, serve
+from .loaded import ControlNeXt
+from .memory import prepare
+from .resolve import FEW_BITS, computes_in_few_bits, settle
 
 
 def tell_memory(executor, model, noise_shape, conds: dict, *args, **kwargs):
@@ -20,7 +21,7 @@ def tell_memory(executor, model, noise_shape, conds: dict, *args, **kwargs):
     controls = {}
     for control in (cond.get("control") for entries in conds.values() for cond in entries):
         while control is not None:
-            controls[control] = isinstance(control, ControlNeXtControl)
+            controls[control] = isinstance(control, ControlNeXtControlNet)
             control = control.previous_controlnet
     needs = [control.memory(model.model, tuple(noise_shape)) for control, ours in controls.items() if ours]
     return prepare(executor, needs, model, noise_shape, conds, *args, **kwargs)
@@ -32,7 +33,7 @@ WRAPPERS = TransformerOptionsHook({"wrappers": {WrappersMP.PREDICT_NOISE: {KEY: 
                                   hook_scope=EnumHookScope.AllConditioning)
 
 
-class ControlNeXtControl(ControlNet):
+class ControlNeXtControlNet(ControlNet):
     """What a CONTROL_NET link carries.
 
     Others may replace at any time what a ControlNet has: ``cond_hint_original``, the control image (N, 3, H, W) in
@@ -103,8 +104,8 @@ class ControlNeXtControl(ControlNet):
         # ComfyUI gives up dynamic loading for hooks; the one of our wrappers needs that as little as a patch does
         return [hooks for hooks in super().get_extra_hooks() if hooks.hooks != [WRAPPERS]]
 
-    def _copy_with(self, controlnext: ControlNeXt) -> "ControlNeXtControl":
-        copy = ControlNeXtControl(controlnext, self.inject_at, self.apply_to)
+    def _copy_with(self, controlnext: ControlNeXt) -> "ControlNeXtControlNet":
+        copy = ControlNeXtControlNet(controlnext, self.inject_at, self.apply_to)
         self.copy_to(copy)
         return copy
 

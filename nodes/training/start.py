@@ -1,0 +1,73 @@
+"""What a training begins with: a module and UNet differences, new ones or those that it goes on with."""
+
+import comfy.ops
+import torch
+
+from ...controlnext_core import checkpoint
+from ...controlnext_core.families import either, resolve
+from ...controlnext_core.training import NEW_VARIANTS, UNET_PATTERNS, learn_scale, new_module, select_weights
+from ...controlnext_core.unet_keys import Target
+from ..runtime.loaded import ControlNeXt
+from ..runtime.places import places_of
+from ..runtime.resolve import base_of_model, family_of
+from .session import TrainingControl
+
+WITH_UNET = "module and UNet weights"
+
+
+def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "auto",
+                  learns_scale: bool = False) -> TrainingControl:
+    """The control to train: a new one for this MODEL, or a copy of the one to go on from.
+
+    Raises:
+        ValueError: a MODEL that cannot be trained on, or a CONTROLNEXT for another one.
+    """
+    base = base_of_model(model.model)
+    family = (family_of(model.model, controlnext) if controlnext
+              else resolve("light", NEW_VARIANTS.get(base, "auto"), base))
+    places = places_of(model.model.diffusion_model)
+    if inject_at == "auto":
+        inject_at = controlnext and controlnext.place or family.place
+    if inject_at not in places:
+        raise ValueError(f"inject_at: control of {family.name} should enter at {inject_at}, a place that the "
+                         f"connected MODEL lacks; set inject_at to {either(list(places))}.")
+    place = places[inject_at]
+    if controlnext is None:
+        state_dict = new_module(family, seed, out=place.channels).state_dict()
+        scale = 1.0
+    else:
+        found = controlnext.loaded.checkpoint
+        state_dict = {key: value.float() for key, value in found.state_dict.items()}
+        scale = found.scale
+        if found.module.out_channels != place.channels:
+            raise ValueError(f"controlnext: {controlnext.name} gives {found.module.out_channels} channels where the "
+                             f"connected MODEL takes {place.channels} at {inject_at}; connect the MODEL that it is "
+                             "for, or train a new one.")
+    module = checkpoint.read(state_dict, "controlnext", operations=comfy.ops.manual_cast).module
+    module.load_state_dict(state_dict)
+    if learns_scale:
+        learn_scale(module, scale)
+    return TrainingControl(module.to(model.load_device), family, place, inject_at, scale)
+
+
+def start_differences(model, names: dict[str, Target], shapes: dict[str, tuple], controlnext: ControlNeXt | None,
+                      settings) -> dict[str, torch.Tensor]:
+    """{diffusers name: difference to start from} of the UNet weights to train. ValueError: the pattern fits none."""
+    found = {}
+    if settings.trainable == WITH_UNET:
+        pattern = settings.unet_pattern or UNET_PATTERNS[base_of_model(model.model)]
+        found = {name: torch.zeros(target.shape(shapes[target.key]))
+                 for name, target in select_weights(names, pattern).items()}
+        if not found:
+            raise ValueError(f"unet_pattern: no UNet weight of the connected MODEL has {pattern} in its name; clear it "
+                             "to train those that the reference trains.")
+    given = controlnext.unet_differences if controlnext else {}
+    if foreign := given.keys() - names.keys():
+        raise ValueError(f"controlnext: {controlnext.name} was trained with UNet weights that the connected MODEL "
+                         f"lacks ({min(foreign)}); connect the MODEL that it is for.")
+    found |= given
+    weights = dict(model.model.diffusion_model.named_parameters())
+    if any(not weights[names[name].key].is_floating_point() for name in found if names[name].key in weights):
+        raise ValueError("trainable: the connected MODEL is in GGUF, whose layers add nothing to their weights while "
+                         "they train; connect the same model in fp16 or fp8, or set trainable to module.")
+    return {name: value.to(model.load_device) for name, value in found.items()}
