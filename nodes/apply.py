@@ -4,12 +4,13 @@ import torch
 from comfy_api.latest import io
 
 from .inputs import apply_to_input, inject_at_input
-from .preview import show_strength, show_text
-from .runtime.control import Control, control_image
-from .runtime.injection import add_control
+from .preview import node_id, show_strength, show_text
+from .runtime.control import control_image
 from .runtime.loaded import ControlNeXt, ControlNeXtType
-from .runtime.resolve import FEW_BITS, computes_in_few_bits, settle
-from .runtime.strength_over_time import CurveInput, StrengthOverTime
+from .runtime.resolve import FEW_BITS, computes_in_few_bits, model_of, resolve
+from .runtime.run import add_settings
+from .runtime.settings import Settings
+from .runtime.strength_over_time import CurveInput
 
 
 class ControlNeXtApply(io.ComfyNode):
@@ -45,6 +46,7 @@ class ControlNeXtApply(io.ComfyNode):
                 *_inputs_over_time(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The controlled MODEL.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -55,27 +57,23 @@ class ControlNeXtApply(io.ComfyNode):
         if start_percent >= end_percent:
             raise ValueError(f"start_percent: {start_percent:g} is not before end_percent {end_percent:g}; set "
                              f"start_percent below end_percent.")
-        image = control_image(image)
-        family, place, (positive, negative) = settle(model.model, controlnext, inject_at, apply_to)
+        control_image(image)
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])
             mask, strength = (None, strength) if (mask == 1).all() else (mask, strength if mask.any() else 0.0)
-        sampling = model.get_model_object("model_sampling")
-        over_time = None
-        if strength_curve is not None or strength_keyframes is not None:
-            over_time = StrengthOverTime(sampling, strength_curve, strength_keyframes)
-        shown = show_strength(strength, start_percent, end_percent, over_time).as_dict()
+
+        settings = Settings(
+            controlnext=controlnext, image=image, mask=mask, strength=strength, start_percent=start_percent,
+            end_percent=end_percent, curve=strength_curve, keyframes=strength_keyframes, inject_at=inject_at,
+            apply_to=apply_to, window_reference=window_reference, node_id=node_id(cls))
+        running = model_of(model)
+        resolve(running, settings)  # what does not fit is told here already, not only when the MODEL runs
+        shown = show_strength(settings).as_dict()
         if strength == 0.0:
             return io.NodeOutput(model, ui=shown)
-        if computes_in_few_bits(model.model):
+        if computes_in_few_bits(running):
             shown |= show_text(cls, FEW_BITS).as_dict()
-        control = Control(
-            controlnext, family, place, image, mask, (strength * positive, strength * negative),
-            (float(sampling.percent_to_sigma(start_percent)), float(sampling.percent_to_sigma(end_percent))),
-            model.get_model_object("latent_format").spacial_downscale_ratio,
-            {"auto": family.window_reference, "on": True, "off": False}[window_reference], over_time,
-        )
-        return io.NodeOutput(add_control(model, control), ui=shown)
+        return io.NodeOutput(add_settings(model, settings), ui=shown)
 
 
 def _inputs_over_time() -> list[io.Input]:

@@ -3,8 +3,10 @@
 from comfy_api.latest import io
 
 from .inputs import apply_to_input, inject_at_input
+from .preview import node_id
 from .runtime.control_net import ControlNeXtControlNet
 from .runtime.loaded import ControlNeXt, ControlNeXtType
+from .runtime.settings import Settings
 
 
 class ControlNeXtToControlNet(io.ComfyNode):
@@ -24,8 +26,11 @@ class ControlNeXtToControlNet(io.ComfyNode):
                 apply_to_input(", of the conditionings that it is applied to"),
             ],
             outputs=[io.ControlNet.Output(display_name="control_net", tooltip="For Apply ControlNet.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, controlnext: ControlNeXt, inject_at: str = "auto", apply_to: str = "auto") -> io.NodeOutput:
-        return io.NodeOutput(ControlNeXtControlNet(controlnext, inject_at, apply_to))
+        asked = Settings(controlnext=controlnext, inject_at=inject_at, apply_to=apply_to, fits_areas=True,
+                         node_id=node_id(cls))
+        return io.NodeOutput(ControlNeXtControlNet(asked))

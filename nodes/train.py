@@ -20,14 +20,15 @@ from ..controlnext_core.training import (
 from ..controlnext_core.unet_keys import targets_of
 from ..controlnext_core.unet_weights import read
 from .inputs import inject_at_input
-from .preview import send_text, show_text
+from .preview import node_id, show_text
 from .runtime.base_weights import BaseWeights, add_unet_weights
 from .runtime.files import fingerprint, write_whole
 from .runtime.loaded import ControlNeXt, ControlNeXtType, trained_controlnext
+from .runtime.messages import send_text
 from .runtime.places import images_a_frame
-from .runtime.resolve import base_of_model
+from .runtime.resolve import base_of_model, model_of
 from .training.data import Samples
-from .training.session import Run, trainable_clone
+from .training.session import Session, trainable_clone
 from .training.start import WITH_UNET, start_control, start_differences
 from .training.teacher import Teacher
 
@@ -174,10 +175,10 @@ class ControlNeXtTrain(io.ComfyNode):
         if teacher and settings.teacher_share:
             learned_from = Teacher(teacher[0], settings.teacher_strength, settings.teacher_share,
                                    teacher_vae[0] if teacher_vae else None)
-        rows_are_frames = base_of_model(model[0].model) in FRAMES_IN_ROWS
+        rows_are_frames = base_of_model(model_of(model[0])) in FRAMES_IN_ROWS
         samples = Samples(latents, conditioning, images, empty_conditioning[0] if empty_conditioning else None,
                           model[0].get_model_object("latent_format").spacial_downscale_ratio, rows_are_frames,
-                          images_a_frame(model[0].model.diffusion_model))
+                          images_a_frame(model_of(model[0]).denoiser))
         if samples.videos:  # one a forward: a step's others follow it, and its gradient is the same
             settings.grad_accumulation_steps *= settings.batch_size
             settings.batch_size = 1
@@ -207,9 +208,9 @@ class ControlNeXtTrain(io.ComfyNode):
                                  "trainable, unet_pattern, scale_learning_rate and ema as they were.") from None
         clone = trainable_clone(model, control, {names[name]: value for name, value in training.differences.items()},
                                 DTYPES[settings.training_dtype], settings.gradient_checkpointing)
-        run = Run(clone, control, training, samples, settings.batch_size, settings.caption_dropout,
-                  settings.min_snr_gamma, settings.super_resolution, teacher)
-        cls._loop(clone, run, settings)
+        session = Session(clone, control, training, samples, settings.batch_size, settings.caption_dropout,
+                          settings.min_snr_gamma, settings.super_resolution, teacher)
+        cls._loop(clone, session, settings)
         weights, differences = (_to_cpu(tensors) for tensors in training.weights())
         trained = trained_controlnext(with_scale(weights, control.scale), control.family.name,
                                       settings.filename_prefix, differences, control.place_name)
@@ -218,18 +219,18 @@ class ControlNeXtTrain(io.ComfyNode):
         return io.NodeOutput(trained, {"loss": training.losses}, training.step, model)
 
     @classmethod
-    def _loop(cls, clone, run: Run, settings) -> None:
+    def _loop(cls, clone, session: Session, settings) -> None:
         """Train to the last step. Whatever ends it early, what was trained is kept first."""
-        training, steps, folder = run.training, settings.steps, _folder()
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(settings.filename_prefix, folder)
+        training, control, steps = session.training, session.control, settings.steps
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(settings.filename_prefix, _folder())
 
         def keep() -> str:
             """Keep the training, or say why not: the end of a sentence."""
             path = os.path.join(folder, f"{name}_{counter:05}_step_{training.step}.pt")
             try:
                 with write_whole(path) as part, open(part, "wb") as file:
-                    torch.save({**training.state_dict(), "family": run.control.family.name, "scale": run.control.scale,
-                                "place": run.control.place_name}, file)
+                    torch.save({**training.state_dict(), "family": control.family.name, "scale": control.scale,
+                                "place": control.place_name}, file)
             except ValueError as error:
                 return f"not kept; {error}"
             return (f"kept in output/{FOLDER}; to go on, press R and choose {os.path.relpath(path, _folder())} in "
@@ -238,20 +239,20 @@ class ControlNeXtTrain(io.ComfyNode):
         first, progress, kept = training.step, comfy.utils.ProgressBar(steps), ""
         try:
             comfy.model_management.in_training = True
-            models = [clone, *(run.teacher.models() if run.teacher else ())]
+            models = [clone, *(session.teacher.models() if session.teacher else ())]
             comfy.model_management.load_models_gpu(models, memory_required=1e20, force_full_load=True)
             clone.pre_run()
-            with run.taught(), tqdm(total=steps, initial=first, desc="Train ControlNeXt",
-                                    disable=not comfy.utils.PROGRESS_BAR_ENABLED) as bar:
+            with session.taught(), tqdm(total=steps, initial=first, desc="Train ControlNeXt",
+                                        disable=not comfy.utils.PROGRESS_BAR_ENABLED) as bar:
                 while training.step < steps:
-                    loss = run.step()
+                    loss = session.step()
                     bar.set_postfix({"loss": f"{loss:.4f}"})
                     bar.update()
                     if training.step % max(steps // TEXTS, 1) == 0:
-                        send_text(cls, f"step {training.step} of {steps}, loss {mean(training.losses[-MEAN_OF:]):.4f}\n"
-                                       f"{kept}")
+                        loss = mean(training.losses[-MEAN_OF:])
+                        send_text(node_id(cls), f"step {training.step} of {steps}, loss {loss:.4f}\n{kept}")
                     shown = settings.preview_every and training.step % settings.preview_every == 0
-                    progress.update_absolute(training.step, steps, run.preview() if shown else None)
+                    progress.update_absolute(training.step, steps, session.preview() if shown else None)
                     if settings.save_every and training.step % settings.save_every == 0:
                         kept = f"step {training.step} is {keep()}"
                         show_text(cls, kept)

@@ -1,94 +1,93 @@
-"""One control: what it asks for, and the features and weights that it gives to one forward of the UNet."""
+"""One control in one run: the features and weights that it gives to each call of the denoiser."""
 
 import hashlib
 import logging
 import math
-from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
 import torch
 
 from ...controlnext_core.cross_normalization import fit, pool
-from ...controlnext_core.families import Family
 from ...controlnext_core.sizes import as_rgb, crop, halved
 from .forward import Forward, Half
-from .loaded import ControlNeXt, LoadedModule
-from .places import Place
+from .loaded import LoadedModule
+from .resolve import Resolved
+from .settings import Settings
 
 RESIZING = "lanczos"  # of control images, as the reference does
 
 
 class Control:
-    """One ControlNeXt with its image and settings, ready to serve any forward.
+    """A control's settings, resolved for the model that runs. It lives as long as the run, and with it what it keeps.
 
     Args:
-        controlnext: the loaded model.
-        family: its entry of the families' table, settled for the connected MODEL.
-        place: where its features enter.
-        image: (N, H, W, 3) in [0, 1].
-        mask: (M, H, W) in [0, 1] or None.
-        gains: multipliers of the positive and of the other guidance halves.
-        sigmas: (first, last) noise level between which control acts.
-        ratio: pixels of the image that one latent pixel stands for.
-        window_reference: the first frame of every context window is controlled by the first image.
-        over_time: noise level -> factor of the gains, or None.
-        fits_areas: for a cond with an area, an image that is not as large as the picture is fitted into the area, as
-            ComfyUI's own ControlNets do; without it the area gets its part of the image.
         row_by_row: there is an image for each row of the batch, guidance halves included.
+
+    Attributes:
+        place: where its features enter.
+        wanted: it had something to add in a call.
+        taken: what it had to add was added in a call.
     """
 
-    def __init__(self, controlnext: ControlNeXt, family: Family, place: Place, image: torch.Tensor,
-                 mask: torch.Tensor | None, gains: tuple[float, float], sigmas: tuple[float, float], ratio: int,
-                 window_reference: bool, over_time: Callable[[float], float] | None = None, fits_areas: bool = False,
-                 row_by_row: bool = False):
-        self.loaded = controlnext.loaded
-        self.patcher = controlnext.patcher
-        self.family = family
-        self.place = place
-        self.image = image.movedim(-1, 1)
-        self.fingerprints = [_fingerprint(one) for one in image]
-        self._first = {fingerprint: index for index, fingerprint in reversed(list(enumerate(self.fingerprints)))}
-        self.mask = None if mask is None else mask[:, None]
-        self.gains = gains
-        self.sigmas = sigmas
-        self.ratio = ratio
-        self.window_reference = window_reference
-        self.over_time = over_time
-        self.fits_areas = fits_areas
-        self.row_by_row = row_by_row
-        self._resized: torch.Tensor | None = None
+    def __init__(self, settings: Settings, resolved: Resolved, row_by_row: bool = False):
+        self.settings, self.resolved, self.row_by_row = settings, resolved, row_by_row
+        self.loaded = settings.controlnext.loaded
+        self.place, self.sampling = resolved.place, resolved.sampling
+        self.wanted = self.taken = False
+        self.used = {self.loaded}
+        self._images = Images(settings.image, resolved.ratio)
+        self._masks: dict[tuple, torch.Tensor] = {}
         self._warned = False
 
+    def __deepcopy__(self, memo) -> "Control":
+        return self
+
     def __call__(self, forward: Forward) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(features, weights) for ``cross_normalization.add_controls``; None when this forward goes uncontrolled."""
-        factor = 1.0 if self.over_time is None else self.over_time(forward.sigma)
-        gains = [factor * self.gains[0 if half.positive else 1] for half in forward.halves]
-        if not self.sigmas[1] <= forward.sigma <= self.sigmas[0] or not any(gains):
+        """(features, weights) for ``cross_normalization.add_controls``; None when this call goes uncontrolled."""
+        factor = self.resolved.strength_at(forward.sigma)
+        gains = tuple(factor * self.resolved.gains[0 if half.positive else 1] for half in forward.halves)
+        if not any(gains):
             return None
-        wanted = [(half.area, self._images(forward, index, half)) for index, half in enumerate(forward.halves)]
-        computed = {one: self._features(forward, *one) for one in dict.fromkeys(wanted)}
+
+        self.wanted = True
+        groups = [(half.area, self._images_of(forward, index, half)) for index, half in enumerate(forward.halves)]
+        computed = {group: self._features(forward, *group) for group in dict.fromkeys(groups)}
         if len(computed) == 1:
-            features = computed[wanted[0]][None]
+            features = computed[groups[0]][None]
         else:
-            features = torch.stack([computed[one] for one in wanted])
+            features = torch.stack([computed[group] for group in groups])
         return features, self._weights(forward, gains)
 
-    def _images(self, forward: Forward, index: int, half: Half) -> tuple[tuple[int, ...], ...]:
+    def end_run(self) -> None:
+        """Give back what only the run needed."""
+        for loaded in self.used:
+            loaded.end_run()
+
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
+        """``LoadedModule.memory`` for a sampling of latents of this shape."""
+        height, width = halved(shape[-2:], self.place.halvings)
+        images = len(self.settings.image)
+        frames = min(shape[2], images) if len(shape) == 5 and shape[2] > 1 else images
+        pixels = self.resolved.ratio ** 2 * math.prod(shape[-2:])
+        return self.loaded.memory(images, pixels, height * width, self.resolved.family.stem_pool, dtype, frames)
+
+    def _images_of(self, forward: Forward, index: int, half: Half) -> tuple[tuple[int, ...], ...]:
         """Which images control each sample or latent frame of a half; of equal ones the first."""
+        count = len(self.settings.image)
         if self.row_by_row:
             groups = [(row,) for row in range(index * forward.count, (index + 1) * forward.count)]
         else:
             frames = forward.frames_of(half)
-            frames = (0, *frames[1:]) if self.window_reference else frames
+            frames = (0, *frames[1:]) if self.resolved.window_reference else frames
             groups = [images_of(frame, self._images_a_frame(forward)) for frame in frames]
             total = self._images_a_frame(forward) * (forward.total - 1) + 1
-            if len(self.image) not in (1, total) and not self._warned:
+            if count not in (1, total) and not self._warned:
                 self._warned = True
-                logging.warning("ControlNeXt: %d control images for a %s of %d; they are %s.", len(self.image),
+                logging.warning("ControlNeXt: %d control images for a %s of %d; they are %s.", count,
                                 "video" if forward.video else "batch", total,
-                                "cut" if len(self.image) > total else "repeated from the first on")
-        groups = [tuple(self._first[self.fingerprints[index % len(self.image)]] for index in group) for group in groups]
+                                "cut" if count > total else "repeated from the first on")
+        groups = [tuple(self._images.first_like(index % count) for index in group) for group in groups]
         return tuple(group if len(set(group)) > 1 else group[:1] for group in groups)
 
     def _images_a_frame(self, forward: Forward) -> int:
@@ -96,106 +95,161 @@ class Control:
 
     def _features(self, forward: Forward, area: tuple[int, int, int, int] | None,
                   images: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-        """Standardized features (1 or samples, C, H, W) at the UNet's size, each image and timestep computed once.
+        """Standardized features (1 or samples, C, H, W) at the denoiser's size, each image and timestep computed once.
 
         Frames of a video are put below one another.
         """
-        timesteps = forward.timesteps[:1] * len(images) if forward.video else forward.timesteps
-        wanted = list(zip(images, timesteps, strict=True))
-        computed = {pair: self._features_of(*pair, forward, area) for pair in dict.fromkeys(wanted)}
+        rows = [0] * len(images) if forward.video else range(len(images))
+        wanted = [(group, forward.timesteps[row]) for group, row in zip(images, rows, strict=True)]
+        row_of = dict(zip(reversed(wanted), reversed(rows), strict=True))
+        computed = {one: self._features_of(one[0], row, forward, area) for one, row in row_of.items()}
         if len(computed) == 1 and not forward.video:
             return computed[wanted[0]]
-        return torch.cat([computed[pair] for pair in wanted], 2 if forward.video else 0)
+        return torch.cat([computed[one] for one in wanted], 2 if forward.video else 0)
 
-    def _features_of(self, images: tuple[int, ...], timestep: float, forward: Forward, area) -> torch.Tensor:
+    def _features_of(self, images: tuple[int, ...], row: int, forward: Forward, area) -> torch.Tensor:
         """Features of images that share a latent frame (mostly one), their mean standardized, at one timestep.
 
         Images go one by one, so that no result depends on its batch.
         """
-        family, module = self.family, self.patcher.model
+        family = self.resolved.family
+        loaded = self._loaded_on(forward.thread_device)
         size = halved(forward.size, self.place.halvings)
-        fitted = self.fits_areas and area is not None and self.image.shape[-2:] != self._pixels(forward.latent)
-        where = (forward.latent, self.ratio, area, fitted, family.name, forward.dtype, forward.device,
+        fitted = self.settings.fits_areas and area is not None and not self._images.has_size(forward.latent)
+        fit_to = area[:2] if fitted else None
+        where = (forward.latent, self.resolved.ratio, area, fitted, family.name, forward.dtype, forward.device,
                  torch.is_inference_mode_enabled())  # training cannot use inference's tensors
 
-        def image_part(index):
-            if fitted:
-                height, width = self._pixels(area[:2])
-                image = comfy.utils.common_upscale(self.image[index:index + 1], width, height, RESIZING, "center")
-            else:
-                image = self._at_size(forward.latent)[index:index + 1]
-                if area is not None:
-                    image = crop(image, area, self.ratio)
-            return module.image_part(image.to(forward.device, forward.dtype), family.stem_padding, family.stem_pool)
+        def image_part(index: int):
+            picture = self._images.keep(index, forward.latent, fit_to)
+            if area is not None and not fitted:
+                picture = crop(picture, area, self.resolved.ratio)
+            picture = picture.to(forward.device, forward.dtype)
+            return loaded.patcher.model.image_part(picture, family.stem_padding, family.stem_pool)
 
-        def raw(index):
-            if self.loaded.image_parts_stay(len(self.image), math.prod(self._pixels(forward.size)), forward.dtype):
-                part = self.loaded.image_parts.get((self.fingerprints[index], *where), lambda: image_part(index))
+        def raw(index: int):
+            pixels = math.prod(forward.size) * self.resolved.ratio ** 2
+            if loaded.image_parts_stay(len(self.settings.image), pixels, forward.dtype):
+                part = loaded.image_parts.get((self._images.digest(index), *where), lambda: image_part(index))
             else:  # of a video, too few would stay to be worth their memory
                 part = image_part(index)
-            at = torch.tensor([timestep], device=forward.device)
-            return module.timestep_part(part, at, size if family.pool_first else None)
+            at = forward.at[row:row + 1]
+            return loaded.patcher.model.timestep_part(part, at, size if family.pool_first else None)
 
         def features():
             control = raw(images[0]) if len(images) == 1 else sum(map(raw, images)) / len(images)
             return (fit(control, size, family.pool_first, family.eps),)
 
-        key = (tuple(self.fingerprints[index] for index in images), *where, timestep, size)
+        def key():
+            return tuple(map(self._images.digest, images)), *where, forward.timesteps[row], size
+
+        if not loaded.features.holds(key()):
+            for index in images:  # the digests are now those of the pictures that features come from
+                self._images.keep(index, forward.latent, fit_to)
         try:
-            return self.loaded.features.get(key, features, step=timestep)[0]
-        except comfy.model_management.OOM_EXCEPTION:
-            pass  # to let go of what the exception's frames hold
+            return loaded.features.get(key(), features, step=forward.timesteps[row])[0]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
         logging.warning("ControlNeXt: memory ran out; what is kept on the device is given up, and one more try made.")
-        self.loaded.free_device()
+        loaded.free_device()  # out here, where the exception's frames hold nothing any more
         comfy.model_management.soft_empty_cache()
-        return self.loaded.features.get(key, features, step=timestep)[0]
+        return loaded.features.get(key(), features, step=forward.timesteps[row])[0]
 
-    def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
-        """``memory_of`` for a sampling of latents of this shape."""
-        return memory_of(self.loaded, self.family, self.place, len(self.image), self.ratio, shape, dtype)
+    def _loaded_on(self, device: torch.device | None) -> LoadedModule:
+        """The module for a thread's device, None for the only one; with several GPUs, each has a copy."""
+        loaded = self.loaded.on_device(device)
+        self.used.add(loaded)
+        return loaded
 
-    def _at_size(self, latent: tuple[int, int]) -> torch.Tensor:
-        """The control images (N, 3, H, W) at the sampled image's size, stretched with Lanczos as the reference does."""
-        height, width = self._pixels(latent)
-        if self.image.shape[-2:] == (height, width):
-            return self.image
-        resized = self._resized  # held: another thread may exchange it
-        if resized is None or resized.shape[-2:] != (height, width):
-            logging.info("ControlNeXt: the control image is resized from %dx%d to %dx%d.",
-                         self.image.shape[-1], self.image.shape[-2], width, height)
-            resized = self._resized = comfy.utils.common_upscale(self.image, width, height, RESIZING, "disabled")
-        return resized
+    def _weights(self, forward: Forward, gains: tuple[float, ...]) -> torch.Tensor:
+        """Multipliers (halves, samples or 1, 1, H or 1, W or 1): the half's gain times the mask."""
+        mask = self._mask(forward).expand(len(gains), -1, -1, -1, -1)
+        if len(set(gains)) == 1:
+            return mask * gains[0]
+        return torch.cat([one * gain for one, gain in zip(mask.split(1), gains, strict=True)])
+
+    def _mask(self, forward: Forward) -> torch.Tensor:
+        """The mask (halves or 1, samples or 1, 1, H or 1, W or 1) for the places of a call's batch, made once a run."""
+        size = halved(forward.size, self.place.halvings)
+        key = (forward.halves, forward.frames, forward.latent, size, forward.dtype, forward.device)
+        if self.settings.mask is None:
+            key = (forward.dtype, forward.device)
+        if key not in self._masks:
+            made = (torch.ones(1, 1, 1, 1, 1) if self.settings.mask is None else
+                    torch.stack([self._mask_of(forward, half, size) for half in forward.halves]))
+            self._masks[key] = made.to(forward.device, forward.dtype)
+        return self._masks[key]
+
+    def _mask_of(self, forward: Forward, half: Half, size: tuple[int, int]) -> torch.Tensor:
+        """A half's mask (samples or 1, 1, H, W); frames of a video are put below one another."""
+        latent = (forward.latent[1], forward.latent[0])
+        mask = comfy.utils.common_upscale(self.settings.mask[:, None], *latent, "area", "disabled")
+        if len(mask) > 1 or forward.video:
+            groups = [images_of(frame, self._images_a_frame(forward)) for frame in forward.frames_of(half)]
+            mask = torch.stack([mask[[index % len(mask) for index in group]].mean(0) for group in groups])
+
+        mask = pool(mask if half.area is None else crop(mask, half.area, 1), size)
+        return torch.cat(list(mask), 1)[None] if forward.video else mask
+
+
+class Images:
+    """The control images of one run, as they are when they are first needed.
+
+    Another node may change a picture in place at any time. What is computed from it is kept under its digest, so the
+    digest is taken from a copy, and the copy is what features are computed from.
+
+    Args:
+        image: (N, H, W, C) in [0, 1].
+        ratio: pixels that one latent pixel stands for.
+    """
+
+    def __init__(self, image: torch.Tensor, ratio: int):
+        self._image, self._ratio = image, ratio
+        self._digests: dict[int, str] = {}
+        self._firsts: dict[str, int] = {}
+        self._kept: dict[tuple[int, int, int], dict[int, torch.Tensor]] = {}
+
+    def has_size(self, latent: tuple[int, int]) -> bool:
+        """Whether the images are as large as a picture of this latent (H, W)."""
+        return tuple(self._image.shape[1:3]) == self._pixels(latent)
+
+    def digest(self, index: int) -> str:
+        """Of an image's shape and values."""
+        if index not in self._digests:
+            self._digests[index] = digest_of(control_image(self._image[index:index + 1])[0])
+        return self._digests[index]
+
+    def first_like(self, index: int) -> int:
+        """The first image that was asked for with the same values."""
+        return self._firsts.setdefault(self.digest(index), index)
+
+    def keep(self, index: int, latent: tuple[int, int], fit_to: tuple[int, int] | None = None) -> torch.Tensor:
+        """A copy (1, 3, H, W) of an image for the run, as large as a picture of this latent (H, W).
+
+        It is stretched with Lanczos, as the reference does, or cropped to fit a part of the latent, ``fit_to``.
+        """
+        kept = self._kept.setdefault((*latent, fit_to), {})
+        if index not in kept:
+            image = control_image(self._image[index:index + 1]).clone()
+            self._digests[index] = digest_of(image[0])
+            height, width = self._pixels(fit_to or latent)
+            if not kept and image.shape[1:3] != (height, width):
+                logging.info("ControlNeXt: the control image is resized from %dx%d to %dx%d.",
+                             image.shape[2], image.shape[1], width, height)
+            kept[index] = resized(image.movedim(-1, 1), height, width, "center" if fit_to else "disabled")
+        return kept[index]
 
     def _pixels(self, latent: tuple[int, int]) -> tuple[int, int]:
         """(H, W) in pixels of a latent's."""
-        return latent[0] * self.ratio, latent[1] * self.ratio
-
-    def _weights(self, forward: Forward, gains: list[float]) -> torch.Tensor:
-        """Multipliers (halves, samples or 1, 1, H or 1, W or 1): the half's gain times the mask."""
-        gain = torch.tensor(gains, device=forward.device, dtype=forward.dtype).reshape(-1, 1, 1, 1, 1)
-        if self.mask is None:
-            return gain
-        mask = comfy.utils.common_upscale(self.mask, forward.latent[1], forward.latent[0], "area", "disabled")
-        size = halved(forward.size, self.place.halvings)
-
-        def mask_of(half: Half) -> torch.Tensor:
-            whole = mask
-            if len(mask) > 1 or forward.video:
-                groups = [images_of(frame, self._images_a_frame(forward)) for frame in forward.frames_of(half)]
-                whole = torch.stack([mask[[index % len(mask) for index in group]].mean(0) for group in groups])
-            return pool(whole if half.area is None else crop(whole, half.area, 1), size)
-        masks = [mask_of(half) for half in forward.halves]
-        if forward.video:
-            masks = [torch.cat(list(mask), 1)[None] for mask in masks]
-        return gain * torch.stack(masks).to(forward.device, forward.dtype)
+        return latent[0] * self._ratio, latent[1] * self._ratio
 
 
-def memory_of(loaded: LoadedModule, family: Family, place: Place, images: int, ratio: int, shape: tuple[int, ...],
-              dtype: torch.dtype) -> tuple[int, int]:
-    """``LoadedModule.memory`` of so many control images, for a sampling of latents of this shape."""
-    height, width = halved(shape[-2:], place.halvings)
-    frames = min(shape[2], images) if len(shape) == 5 and shape[2] > 1 else images
-    return loaded.memory(images, ratio ** 2 * math.prod(shape[-2:]), height * width, family.stem_pool, dtype, frames)
+def resized(image: torch.Tensor, height: int, width: int, cropping: str) -> torch.Tensor:
+    """An image (N, 3, H, W) at another size; the same when it has that size already."""
+    if image.shape[-2:] == (height, width):
+        return image
+    return comfy.utils.common_upscale(image, width, height, RESIZING, cropping)
 
 
 def images_of(frame: int, images: int) -> range:
@@ -210,8 +264,15 @@ def control_image(image: torch.Tensor) -> torch.Tensor:
     return as_rgb(image).float()
 
 
-def _fingerprint(image: torch.Tensor) -> str:
-    """Digest of one image (H, W, C): its shape and its values."""
+def digest_of(image: torch.Tensor) -> str:
+    """Of one image (H, W, C): its shape and its values."""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode())
     digest.update(image.contiguous().cpu().numpy())
     return digest.hexdigest()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, however torch raised it."""
+    if hasattr(comfy.model_management, "is_oom"):  # not in the oldest ComfyUI
+        return comfy.model_management.is_oom(error)
+    return isinstance(error, comfy.model_management.OOM_EXCEPTION)

@@ -1,6 +1,7 @@
 """A bounded store of computed tensors, owned by the loaded model and freed with it."""
 
 import itertools
+import logging
 import os
 import threading
 import weakref
@@ -103,6 +104,11 @@ class FeatureCache:
         self._step: Hashable = None
         self._lock = threading.Lock()
 
+    def holds(self, key: Hashable) -> bool:
+        """Whether ``get`` would compute nothing."""
+        with self._lock:
+            return any(key in run for run in self._runs)
+
     def get(self, key: Hashable, compute: Callable[[], tuple[torch.Tensor, ...]],
             step: Hashable = None) -> tuple[torch.Tensor, ...]:
         """The tensors kept under ``key``, or those that ``compute`` returns, kept when there is room for them.
@@ -116,7 +122,9 @@ class FeatureCache:
                 self._leave([kept for kept in self._near if kept.step != step])
             for run in self._runs:
                 if key in run:
-                    self._fetch(_from_here_to_the_next_step(run, key) if arrived else [run[key]])
+                    self._fetch([run[key]])
+                    if arrived:
+                        self._prefetch(_from_here_to_the_next_step(run, key))
                     kept = self._runs[-1][key] = run.pop(key)
                     return kept.get()
         with torch.no_grad():  # what is kept holds no graph of a training
@@ -126,9 +134,7 @@ class FeatureCache:
             if size <= self.limit and key not in self._runs[-1]:
                 self._make_room(size)
                 if self.size + size <= self.limit:
-                    kept = self._runs[-1][key] = Kept(tensors, self.home, step)
-                    self._fetch([kept])
-                    self.size += size
+                    self._keep(key, tensors, step)
         return tensors
 
     def end_run(self) -> None:
@@ -151,11 +157,27 @@ class FeatureCache:
             self._runs = [{key: kept for key, kept in run.items() if kept.moves} for run in self._runs]
             self.size = sum(kept.size for run in self._runs for kept in run.values())
 
+    def _keep(self, key: Hashable, tensors: tuple[torch.Tensor, ...], step: Hashable) -> None:
+        try:
+            kept = Kept(tensors, self.home, step)
+        except (RuntimeError, MemoryError) as error:  # no room at home: nothing but this is lost
+            logging.warning("ControlNeXt: features are not kept for the next run (%s).", type(error).__name__)
+            return
+        self._runs[-1][key] = kept
+        self.size += kept.size
+        self._fetch([kept])
+
     def _fetch(self, entries: Iterable[Kept]) -> None:
         for kept in entries:
             kept.fetch()
             if kept.moves and kept not in self._near:
                 self._near.append(kept)
+
+    def _prefetch(self, entries: Iterable[Kept]) -> None:
+        try:
+            self._fetch(entries)
+        except RuntimeError:  # no room on the device yet: each is fetched when it is needed
+            pass
 
     def _leave(self, entries: list[Kept]) -> None:
         for kept in entries:

@@ -1,11 +1,26 @@
-"""One call of ComfyUI's denoiser, decoded: which guidance halves, frames and areas its rows are."""
+"""One call of ComfyUI's denoiser, decoded: whose rows are in its batch, which frames and which part of the picture.
 
-from dataclasses import dataclass
+ComfyUI puts what it can into one batch. With two tiles of one picture, a batch of 2 and cfg above 1, the latents of a
+call have 8 rows, in this order (tiled samplers keep the halves of a tile together):
+
+    row     0        1        2        3        4        5        6        7
+    tile    0        0        0        0        1        1        1        1
+    half    cond     cond     uncond   uncond   cond     cond     uncond   uncond
+    sample  0        1        0        1        0        1        0        1
+
+``describe`` reads that off ``transformer_options``: ``cond_or_uncond`` is [0, 1], so there are 8 / 2 = 4 rows for each
+half, twice as many as the batch of 2 that ``note_conds`` noted. The Forward has halves (cond, uncond, cond, uncond),
+2 samples each. What is worked out for (cond, uncond) then serves all tiles of that size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from comfy.model_sampling import CONST
 
 CONDS_KEY = "controlnext_conds"
+POSITIVE = "positive"
 
 
 @dataclass(frozen=True)
@@ -25,25 +40,30 @@ class Half:
 
 @dataclass(frozen=True)
 class Forward:
-    """What all controls need to know of one call of the UNet.
+    """What all controls need to know of one call of the denoiser.
 
     Attributes:
-        sigma: noise level of the call.
-        timesteps: the UNet's own timestep for each sample of a half.
+        sigma: noise level of the call, () on the CPU, in the sampler's dtype, as ComfyUI compares it with percents.
+        timesteps: the denoiser's own timestep for each sample of a half.
+        at: the same on the device, (samples,).
         halves: the guidance halves in the batch, in order; all of them again for each tile of a tiled picture.
+        rows: of the batch.
         latent: (H, W) of the whole latent.
         size: (H, W) of the latent in this call, smaller than ``latent`` for a regional cond.
-        frames: for each sample of a half, its place in the whole batch or video; of a video in a latent of its own, for
-            each latent frame, those before a half's ``start`` too.
+        frames: for each sample of a half, its index in the whole batch or video; for 5-D video latents, the index of
+            each latent frame in the whole video, those before a half's ``start`` too.
         count: samples of a half, or latent frames.
         total: samples of the whole batch or video.
-        dtype, device: of the UNet's features.
+        dtype, device: of the denoiser's features.
         video: the latents are videos, and all samples share the frames.
+        thread_device: the device of a thread of several, when ComfyUI samples on several GPUs.
     """
 
-    sigma: float
+    sigma: torch.Tensor
     timesteps: tuple[float, ...]
+    at: torch.Tensor
     halves: tuple[Half, ...]
+    rows: int
     latent: tuple[int, int]
     size: tuple[int, int]
     frames: tuple[int, ...]
@@ -52,19 +72,76 @@ class Forward:
     dtype: torch.dtype
     device: torch.device
     video: bool = False
+    thread_device: torch.device | None = None
 
     def frames_of(self, half: Half) -> tuple[int, ...]:
         """Those of ``frames`` that are a half's."""
         return self.frames[half.start:half.start + self.count]
 
 
+@dataclass(frozen=True)
+class NotedConds:
+    """The conds of a step, before ComfyUI puts them into calls, in which only their uuids are left.
+
+    Attributes:
+        lists: {name of the guider's list: {uuid: Half}}, in the guider's order. A cond with an area may stand in two
+            lists, since ComfyUI gives the other lists a twin of it under the same uuid.
+        shape: of the whole latents, () where nothing is noted.
+        names: the list's name for each index in ``cond_or_uncond``, None for an unknown list.
+        prompts: (Half, cross-attention context (1 or B, tokens, C)) of all conds that have one.
+    """
+
+    lists: Mapping[str, Mapping[object, Half]] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+    names: tuple[str | None, ...] = ()
+    prompts: tuple[tuple[Half, torch.Tensor], ...] = ()
+
+    def half(self, index: int, uuid: object) -> Half:
+        """The half that a call names by its index in ``cond_or_uncond`` and its uuid."""
+        found = {name: halves[uuid] for name, halves in self.lists.items() if uuid in halves}
+        name = self.names[index] if index < len(self.names) else None
+        if name in found:
+            return found[name]
+
+        if len(found) == 1:
+            return next(iter(found.values()))
+
+        # conds that a patch made for itself are not noted; ComfyUI puts the positive one first
+        twin = next(iter(found.values()), Half(False))
+        return replace(twin, positive=index == 0)
+
+
 def note_conds(executor, x, timestep, model_options=None, seed=None):
-    """PREDICT_NOISE wrapper: note which cond is positive and which area it has; further in, only its uuid is left."""
-    model_options = model_options or {}
-    conds = {cond["uuid"]: Half(name == "positive", *_clamped(cond.get("area"), tuple(x.shape[2:])))
-             for name, conds in executor.class_obj.conds.items() for cond in conds or ()}
-    options = {**model_options.get("transformer_options", {}), CONDS_KEY: (conds, tuple(x.shape))}
-    return executor(x, timestep, {**model_options, "transformer_options": options}, seed)
+    """PREDICT_NOISE wrapper: note which cond is in which of the guider's lists, and its area."""
+    lists: dict[str, dict] = {}
+    prompts = []
+    for name, conds in executor.class_obj.conds.items():
+        halves = lists[name] = {}
+        for cond in conds or ():
+            half = halves[cond.get("uuid")] = Half(name == POSITIVE, *_clamped(cond.get("area"), tuple(x.shape[2:])))
+            context = getattr(cond.get("model_conds", {}).get("c_crossattn"), "cond", None)
+            if torch.is_tensor(context):
+                prompts.append((half, context))
+
+    noted = NotedConds(lists, tuple(x.shape), prompts=tuple(prompts))
+    return executor(x, timestep, _with_noted(model_options or {}, noted), seed)
+
+
+def note_order(executor, model, conds: Sequence, x_in, timestep, model_options: dict):
+    """CALC_COND_BATCH wrapper: note which of the guider's lists each index of ``cond_or_uncond`` is."""
+    noted = model_options.get("transformer_options", {}).get(CONDS_KEY, NotedConds())
+
+    def name_of(entries: Sequence[dict] | None) -> str | None:
+        uuids = [cond.get("uuid") for cond in entries or ()]
+        return next((name for name, halves in noted.lists.items() if uuids and list(halves) == uuids), None)
+
+    noted = replace(noted, names=tuple(name_of(entries) for entries in conds))
+    return executor(model, conds, x_in, timestep, _with_noted(model_options, noted))
+
+
+def _with_noted(model_options: dict, noted: NotedConds) -> dict:
+    options = {**model_options.get("transformer_options", {}), CONDS_KEY: noted}
+    return {**model_options, "transformer_options": options}
 
 
 def _clamped(area, latent: tuple[int, ...]) -> tuple[tuple[int, int, int, int] | None, int]:
@@ -77,45 +154,100 @@ def _clamped(area, latent: tuple[int, ...]) -> tuple[tuple[int, int, int, int] |
     return (min(latent[-2] - top, height), min(latent[-1] - left, width), top, left), start[0] if start else 0
 
 
-def describe(sampling, dtype, x, t, options: dict) -> Forward:
-    """The Forward of one APPLY_MODEL call on the latents ``x`` (B, C, H, W) or (B, C, F, H, W) at sigmas ``t`` (B,).
+def describe(sampling, dtype: torch.dtype, shape: tuple[int, ...], t: torch.Tensor, options: dict,
+             context: torch.Tensor | None = None) -> Forward:
+    """The Forward of one call of the denoiser.
 
     Args:
         sampling: the MODEL's model_sampling.
-        dtype: of its features.
+        dtype: of the denoiser's features.
+        shape: of the latents, (B, C, H, W) or (B, C, F, H, W).
+        t: their sigmas, (B,) or (1,) for all.
+        options: the call's transformer_options.
+        context: for cross-attention, (B, tokens, C), which tells whose rows they are when they are not those noted.
     """
-    size = tuple(x.shape[-2:])
-    indices = options.get("cond_or_uncond") or [0]
-    conds, whole = options.get(CONDS_KEY, ({}, tuple(x.shape)))
-    uuids = options.get("uuids") or [None] * len(indices)
-    # conds that a patch made for itself are not noted; ComfyUI puts the positive one first
-    halves = tuple(conds.get(uuid) or Half(index == 0) for uuid, index in zip(uuids, indices, strict=True))
-    rows = x.shape[0] // len(halves)
-    # more rows than there are in the whole batch are those of several tiles, all halves of a tile together
-    rows_of_half = rows if rows % whole[0] else whole[0]
+    noted = options.get(CONDS_KEY, NotedConds())
+    halves, samples = _halves(shape[0], noted, options, context)
+    whole = noted.shape or shape
     if any(half.area is None for half in halves):
-        whole = tuple(x.shape)
-    halves *= rows // rows_of_half
-    video = x.ndim == 5 and (whole[2] > 1 or options.get("context_window") is not None)
-    frames, total = _frames(whole[2] if video else rows_of_half, options, 2 if video else 0)
-    count = x.shape[2] if video else len(frames)
+        whole = shape
+
+    video = len(shape) == 5 and (whole[2] > 1 or options.get("context_window") is not None)
+    frames, total = _frames(whole[2] if video else samples, options, 2 if video else 0)
+    count = shape[2] if video else len(frames)
+
     # the module is given 0 to 1000, of flow models too, some of which count from 0 to 1
-    timesteps = (1000 * t if isinstance(sampling, CONST) else sampling.timestep(t))[:rows_of_half].float()
-    return Forward(float(t[0]), tuple(timesteps.tolist()), halves, whole[-2:], size, frames, count, total, dtype,
-                   x.device, video)
+    timesteps = (1000 * t if isinstance(sampling, CONST) else sampling.timestep(t))[:samples].float()
+    timesteps = timesteps.expand(samples)
+    sigma, *values = torch.cat([t[:1].float(), timesteps]).tolist()  # the one time that the device is waited for
+    return Forward(sigma=torch.tensor(sigma), timesteps=tuple(values), at=timesteps, halves=halves, rows=shape[0],
+                   latent=whole[-2:], size=tuple(shape[-2:]), frames=frames, count=count, total=total, dtype=dtype,
+                   device=t.device, video=video, thread_device=options.get("multigpu_thread_device"))
+
+
+def _halves(rows: int, noted: NotedConds, options: dict,
+            context: torch.Tensor | None) -> tuple[tuple[Half, ...], int]:
+    """(the halves in a batch of so many rows, samples of each)."""
+    indices = options.get("cond_or_uncond") or [0]
+    uuids = options.get("uuids") or [None] * len(indices)
+    halves = tuple(noted.half(index, uuid) for index, uuid in zip(indices, uuids, strict=True))
+    batch = _samples_of_half(noted, options) or rows
+
+    rows_of_half, others = divmod(rows, len(halves))
+    if not others and rows_of_half >= batch:
+        # more rows than there are in the whole batch are those of several tiles, all halves of a tile together
+        samples = rows_of_half if rows_of_half % batch else batch
+        return halves * (rows_of_half // samples), samples
+
+    # a pack's own call: fewer halves than noted, or more, which are copies of the last ones
+    samples = batch if rows % batch == 0 else rows
+    count = rows // samples
+    if count > len(halves):
+        return (*halves, *halves[-1:] * (count - len(halves))), samples
+    return tuple(_half_of_prompt(half, noted, context, index * samples)
+                 for index, half in enumerate(sorted(halves, key=lambda half: not half.positive)[:count])), samples
+
+
+def _samples_of_half(noted: NotedConds, options: dict) -> int | None:
+    """How many samples ComfyUI gives each half of a call at most: the whole batch, or its frames in a window."""
+    window = window_of(options)
+    if window is not None and window[2] == 0:
+        return len(window[0])
+    return noted.shape[0] if noted.shape else None
+
+
+def _half_of_prompt(guess: Half, noted: NotedConds, context: torch.Tensor | None, row: int) -> Half:
+    """The half whose prompt stands in this row of a call's context; the guess where none does, or there is none."""
+    if context is None or len(context) <= row:
+        return guess
+    for half, prompt in noted.prompts:
+        same = context[row, :prompt.shape[1]]
+        if same.shape == prompt.shape[1:] and torch.equal(same, prompt[0].to(same)):
+            return half
+    return guess
 
 
 def _frames(samples: int, options: dict, dim: int) -> tuple[tuple[int, ...], int]:
     """Which entries of the whole batch or video a half holds along dimension ``dim``, and how many there are in all."""
+    window = window_of(options)
+    if window is None:
+        return tuple(range(samples)), samples
+
+    frames, total, window_dim = window
+    if window_dim != dim:
+        raise ValueError(f"dim: the context windows of this controlled MODEL run over frames, dimension {dim}, but dim "
+                         f"is {window_dim}; set dim to {dim} in Context Windows (Manual).")
+    return frames, total
+
+
+def window_of(options: dict) -> tuple[tuple[int, ...], int, int] | None:
+    """(frames, how many there are in all, their dimension) of ComfyUI's or AnimateDiff's window, None outside one."""
     window = options.get("context_window")
     if window is not None:
-        if window.dim != dim:
-            raise ValueError(f"dim: the context windows of this controlled MODEL run over frames, dimension {dim}, but "
-                             f"dim is {window.dim}; set dim to {dim} in Context Windows (Manual).")
         anchor = getattr(window, "causal_anchor_index", None)
         frames = list(window.index_list)
-        return tuple(frames if anchor is None or anchor < 0 else [anchor, *frames]), window.total_frames
+        return tuple(frames if anchor is None or anchor < 0 else [anchor, *frames]), window.total_frames, window.dim
     animatediff = options.get("ad_params") or {}
     if animatediff.get("sub_idxs") is not None:
-        return tuple(animatediff["sub_idxs"]), animatediff["full_length"]
-    return tuple(range(samples)), samples
+        return tuple(animatediff["sub_idxs"]), animatediff["full_length"], 0
+    return None

@@ -48,16 +48,27 @@ class LoadedModule:
         read.module.load_state_dict(read.state_dict, assign=self.patcher.is_dynamic())
         self.patcher.cached_patcher_init = reload
         self.checkpoint, self.name = read, name
+        self._copies: dict[torch.device, LoadedModule] = {}
         limit = limit_from_environment()
         self.features = FeatureCache(limit, self.patcher.offload_device)
         self.image_parts = FeatureCache(limit // 2)
         self.patcher.add_callback_with_key(CallbacksMP.ON_DETACH, "controlnext",
                                            partial(_give_back, (self.features, self.image_parts)))
 
-    def on_device(self, load_device) -> "LoadedModule":
-        """A copy for another device."""
-        state_dict = with_scale(self.checkpoint.state_dict, self.checkpoint.scale)
-        return LoadedModule(state_dict, self.name, self.patcher.cached_patcher_init, True, load_device)
+    def __deepcopy__(self, memo) -> "LoadedModule":
+        return self  # copies of what it travels on share its weights, and what it has computed
+
+    def on_device(self, device: torch.device | None) -> "LoadedModule":
+        """The module for a thread of several that has this device; None is the only thread."""
+        return self if device in (None, self.patcher.load_device) else self.copy_on(device)
+
+    def copy_on(self, load_device: torch.device) -> "LoadedModule":
+        """A copy that shares no layer, always the same one for a device."""
+        if load_device not in self._copies:
+            state_dict = with_scale(self.checkpoint.state_dict, self.checkpoint.scale)
+            self._copies[load_device] = LoadedModule(state_dict, self.name, self.patcher.cached_patcher_init, True,
+                                                     load_device)
+        return self._copies[load_device]
 
     def end_run(self) -> None:
         """Give back what only a running sampling needs."""
@@ -109,6 +120,9 @@ class ControlNeXt:
     name: str
     unet_differences: Mapping[str, torch.Tensor] = field(default_factory=dict)
     place: str | None = None
+
+    def __deepcopy__(self, memo) -> "ControlNeXt":
+        return self
 
     @property
     def patcher(self):

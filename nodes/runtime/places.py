@@ -15,11 +15,13 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
 
 INPUT_SLOT = "input_block_patch_after_skip"
-# ComfyUI before 0.18 has no patch after the middle block; the first output block gets the same features next
+# ComfyUI before 0.18 and packs with a forward of their own have no patch after the middle block; the first output block
+# gets the same features next
+NEXT_SLOT, NEXT_BLOCK = "output_block_patch", ("output", 0)
 MIDDLE_SLOT, MIDDLE_BLOCK = (
     ("middle_block_after_patch", ("middle", 0))
     if hasattr(comfy.model_patcher.ModelPatcher, "set_model_middle_block_after_patch")
-    else ("output_block_patch", ("output", 0))
+    else (NEXT_SLOT, NEXT_BLOCK)
 )
 TOKEN_SLOT = "controlnext_tokens"  # of this pack alone: ComfyUI looks after what it holds, and a forward puts it to use
 
@@ -28,7 +30,7 @@ TOKEN_SLOT = "controlnext_tokens"  # of this pack alone: ComfyUI looks after wha
 class Transformer:
     """What there is to know of a class of ComfyUI's transformers, whose blocks ComfyUI calls ``double_block``.
 
-    Classes derived from it have other tokens, and no row.
+    ComfyUI's classes derived from it have other tokens, and no row; a pack's derived class is what it derives from.
 
     Attributes:
         bases: {ComfyUI's class of the model around it: base}, the first one that fits speaks.
@@ -90,13 +92,24 @@ class Place:
     images: int = 1
 
 
-def base_of(base_model) -> str | None:
-    """The base (a key of ``BASE_NAMES``) of a MODEL, None for another one."""
-    denoiser = base_model.diffusion_model
+def unwrapped(denoiser):
+    """The denoiser itself, where torch.compile stands before it."""
+    return getattr(denoiser, "_orig_mod", denoiser)
+
+
+def _row(denoiser) -> Transformer | None:
+    """The row of a transformer's class, which is the nearest one of ComfyUI's own."""
+    own = (kind for kind in type(denoiser).__mro__ if kind.__module__.startswith("comfy."))
+    return TRANSFORMERS.get(next(own, None))
+
+
+def base_of(base_model, denoiser) -> str | None:
+    """The base (a key of ``BASE_NAMES``) of a BaseModel around this denoiser, None for another one."""
     if isinstance(denoiser, UNetModel):
         bases = UNET_BASES
     else:
-        bases = TRANSFORMERS[type(denoiser)].bases if type(denoiser) in TRANSFORMERS else {}
+        row = _row(denoiser)
+        bases = row.bases if row else {}
     return next((base for kind, base in bases.items() if isinstance(base_model, kind)), None)
 
 
@@ -104,13 +117,21 @@ def blocks_of(denoiser) -> list:
     """The layers of a denoiser that take most of a training's memory."""
     if isinstance(denoiser, UNetModel):
         return [layer for layer in denoiser.modules() if isinstance(layer, (ResBlock, SpatialTransformer))]
-    row = TRANSFORMERS[type(denoiser)]
-    return [block for name in (row.blocks, row.refiner, *row.others) if name for block in getattr(denoiser, name)]
+    row = _row(denoiser)
+    lists = [getattr(denoiser, name) for name in (row.blocks, row.refiner, *row.others) if name]
+    return [block for blocks in lists for block in blocks]
+
+
+def adds_in_place(denoiser) -> bool:
+    """Whether a denoiser's blocks add in place to what gradients need."""
+    row = _row(denoiser)
+    return row is not None and row.adds_in_place
 
 
 def images_a_frame(denoiser) -> int:
     """How many control images a latent frame of a video stands for, except the first one of all."""
-    return 1 if isinstance(denoiser, UNetModel) else TRANSFORMERS[type(denoiser)].images
+    row = _row(denoiser)
+    return 1 if row is None else row.images
 
 
 def places_of(denoiser) -> dict[str, Place]:
@@ -139,7 +160,7 @@ def _token_places(transformer) -> dict[str, Place]:
 
     So a block serves one place, and nothing enters after the last, where no block would read it.
     """
-    row = TRANSFORMERS[type(transformer)]
+    row = _row(transformer)
     patch = transformer.patch_size if isinstance(transformer.patch_size, int) else transformer.patch_size[-1]
     where = getattr(transformer, row.width), patch.bit_length() - 1, row.fill(transformer), row.images
     points = [(TOKEN_SLOT, index) for index in range(len(getattr(transformer, row.blocks)))]

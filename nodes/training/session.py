@@ -26,9 +26,11 @@ from ...controlnext_core.training import (
     prediction_loss,
 )
 from ...controlnext_core.unet_keys import Target
-from ..runtime.control import RESIZING, Forward, images_of
-from ..runtime.injection import add_control
-from ..runtime.places import TRANSFORMERS, Place, blocks_of
+from ..runtime.control import RESIZING, images_of
+from ..runtime.forward import Forward
+from ..runtime.places import Place, adds_in_place, blocks_of
+from ..runtime.resolve import model_of
+from ..runtime.run import Run, controls_in
 from .data import Samples
 from .teacher import Teacher
 
@@ -50,7 +52,8 @@ class TrainingControl:
         acting: off, a forward goes without it and without the UNet differences that are trained with it.
     """
 
-    patcher = None
+    sampling = None
+    taken = False
 
     def __init__(self, module, family: Family, place: Place, place_name: str, scale: float):
         self.module, self.family, self.place, self.place_name = module, family, place, place_name
@@ -61,11 +64,10 @@ class TrainingControl:
     def __call__(self, forward: Forward) -> tuple[torch.Tensor, torch.Tensor] | None:
         if not self.acting:
             return None
-        timesteps = torch.tensor(forward.timesteps, device=forward.device)
         images, size = self.images.to(forward.device, forward.dtype), halved(forward.size, self.place.halvings)
 
         def features_of(images: torch.Tensor, together: bool = False) -> torch.Tensor:
-            return control_features(self.module, self.family, images, timesteps, size, together=together)
+            return control_features(self.module, self.family, images, forward.at, size, together=together)
         if forward.video:  # in the memory of one latent frame
             groups = [images[list(images_of(frame, self.place.images))] for frame in forward.frames]
             features = torch.cat([checkpoint(features_of, group, True, use_reentrant=False) for group in groups], 2)
@@ -93,10 +95,10 @@ def trainable_clone(model, control: TrainingControl, differences: dict[Target, t
     for target, difference in differences.items():
         clone.add_weight_wrapper(PREFIX + target.key, _adder(control, target, difference))
     denoiser = clone.model.diffusion_model
-    blocks, row = set(blocks_of(denoiser)), TRANSFORMERS.get(type(denoiser))
+    blocks, in_place = set(blocks_of(denoiser)), adds_in_place(denoiser)
     for name, layer in clone.model.named_modules():
         if layer in blocks:
-            forward = _out_of_place(layer.forward) if row and row.adds_in_place else layer.forward
+            forward = _out_of_place(layer.forward) if in_place else layer.forward
             clone.add_object_patch(f"{name}.forward", _checkpointed(forward) if checkpointing else forward)
     return clone
 
@@ -129,7 +131,7 @@ def _checkpointed(forward):
     return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-class Run:
+class Session:
     """Training steps on a loaded clone of a MODEL.
 
     Args:
@@ -157,9 +159,9 @@ class Run:
         if self.prediction is None:
             raise ValueError("model: training knows models that predict epsilon, v or flow; the connected MODEL's "
                              f"sampling is {type(self.sampling).__mro__[2].__name__}.")
-        controlled = add_control(clone, control)
-        self.options = {**controlled.model_options["transformer_options"], "wrappers": controlled.wrappers,
-                        "cond_or_uncond": [0]}
+        model, options = model_of(clone), clone.model_options["transformer_options"]
+        run = Run(model, {"trained": control, **controls_in(model, options)})
+        self.options = {**run.enter({**options, "wrappers": clone.wrappers}), "cond_or_uncond": [0]}
         self.previewer = latent_preview.get_previewer(self.device, self.base_model.latent_format)
 
     @contextmanager

@@ -9,7 +9,7 @@ from ...controlnext_core.training import NEW_VARIANTS, UNET_PATTERNS, learn_scal
 from ...controlnext_core.unet_keys import Target
 from ..runtime.loaded import ControlNeXt
 from ..runtime.places import places_of
-from ..runtime.resolve import base_of_model, family_of
+from ..runtime.resolve import base_of_model, family_of, model_of
 from .session import TrainingControl
 
 WITH_UNET = "module and UNet weights"
@@ -22,10 +22,10 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
     Raises:
         ValueError: a MODEL that cannot be trained on, or a CONTROLNEXT for another one.
     """
-    base = base_of_model(model.model)
-    family = (family_of(model.model, controlnext) if controlnext
+    base = base_of_model(model_of(model))
+    family = (family_of(model_of(model), controlnext) if controlnext
               else resolve("light", NEW_VARIANTS.get(base, "auto"), base))
-    places = places_of(model.model.diffusion_model)
+    places = places_of(model_of(model).denoiser)
     if inject_at == "auto":
         inject_at = controlnext and controlnext.place or family.place
     if inject_at not in places:
@@ -55,7 +55,7 @@ def start_differences(model, names: dict[str, Target], shapes: dict[str, tuple],
     """{diffusers name: difference to start from} of the UNet weights to train. ValueError: the pattern fits none."""
     found = {}
     if settings.trainable == WITH_UNET:
-        pattern = settings.unet_pattern or UNET_PATTERNS[base_of_model(model.model)]
+        pattern = settings.unet_pattern or UNET_PATTERNS[base_of_model(model_of(model))]
         found = {name: torch.zeros(target.shape(shapes[target.key]))
                  for name, target in select_weights(names, pattern).items()}
         if not found:

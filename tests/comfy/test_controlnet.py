@@ -268,7 +268,7 @@ def test_it_is_a_controlnet_to_comfyui(control_net, controlnexts, unets):
     assert isinstance(net, comfy.controlnet.ControlBase)
     copy = net.copy()
     assert type(copy) is type(net) and copy is not net
-    assert (copy.strength, copy.timestep_percent_range, copy.inject_at, copy.apply_to) == (
+    assert (copy.strength, copy.timestep_percent_range, copy.asked.inject_at, copy.asked.apply_to) == (
         0.5, (0.1, 0.9), "conv_in", "positive")
     assert copy.cond_hint_original is net.cond_hint_original
     assert copy.get_models() == [controlnexts["sd15"].patcher]

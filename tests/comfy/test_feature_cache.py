@@ -218,11 +218,12 @@ def test_results_with_and_without_caches_are_equal_bit_for_bit(
 
 def test_threads_that_share_a_control_get_what_each_gets_alone(pack, apply, unets, controlnexts):
     """As in multi-GPU sampling, where every device has a thread; sizes and timesteps differ to make it harder."""
-    half, forward = pack("nodes.runtime.forward").Half, pack("nodes.runtime.forward").Forward
-    options = apply(unets["sd15"], controlnexts["sd15"], picture(91, 2)).model_options["transformer_options"]
-    control, = options["patches"]["input_block_patch_after_skip"][0].controls
-    calls = [forward(5.0, (at, at), (half(True, None), half(False, None)), (size, size), (size, size), (0, 1), 2, 2,
-                     torch.float32, torch.device("cpu")) for at in (900.0, 20.0) for size in (6, 10)]
+    model = apply(unets["sd15"], controlnexts["sd15"], picture(91, 2))
+    running = pack("nodes.runtime.resolve").model_of(model)
+    control, = pack("nodes.runtime.run").controls_in(running, model.model_options["transformer_options"]).values()
+    describe, both = pack("nodes.runtime.forward").describe, {"cond_or_uncond": [0, 1]}
+    calls = [describe(running.sampling, torch.float32, (4, 4, size, size), torch.full((4,), sigma), both)
+             for sigma in (9.0, 0.2) for size in (6, 10)]
 
     def features(call) -> torch.Tensor:
         with torch.inference_mode():

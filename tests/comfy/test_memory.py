@@ -16,11 +16,15 @@ from controlnext_core.training import new_module
 DTYPE = torch.float32
 
 
-def control_in(model):
-    """The one Control that Apply ControlNeXt has put into a MODEL."""
-    patches = model.model_options["transformer_options"]["patches"]
-    control, = [control for slot in patches.values() for patch in slot for control in patch.controls]
-    return control
+@pytest.fixture
+def control_in(pack):
+    """control_in(model): the one Control of a MODEL behind Apply ControlNeXt, as for a sampling that begins."""
+    def resolved(model):
+        running = pack("nodes.runtime.resolve").model_of(model)
+        options = model.model_options["transformer_options"]
+        control, = pack("nodes.runtime.run").controls_in(running, options).values()
+        return control
+    return resolved
 
 
 def peak(profile: torch.profiler.profile) -> int:
@@ -52,27 +56,27 @@ def wan(pack):
 @pytest.mark.parametrize("family, images, height, width", [
     ("sd15", 1, 768, 768), ("sdxl", 1, 1024, 1024), ("svd", 2, 1024, 576), ("wan", 9, 480, 832)])
 def test_a_forward_of_the_module_takes_what_is_told_within_a_fifth(
-        pack, apply, unets, controlnexts, wan, family, images, height, width):
-    described, at, video = pack("nodes.runtime.forward"), (height // 8, width // 8), family == "wan"
+        pack, apply, unets, controlnexts, wan, control_in, family, images, height, width):
+    at, video = (height // 8, width // 8), family == "wan"
     frames = (images - 1) // 4 + 1 if video else images
-    forward = described.Forward(0.9 if video else 5.0, (900.0,) * (1 if video else images), (described.Half(True),), at,
-                                at, tuple(range(frames)), frames, frames, DTYPE, torch.device("cpu"), video)
     model, controlnext = wan if video else (unets[family], controlnexts[family])
     control = control_in(apply(model, controlnext, picture(1, images, height, width)))
+    shape = (1, 16, frames, *at) if video else (images, 4, *at)
+    forward = pack("nodes.runtime.forward").describe(control.sampling, DTYPE, shape, torch.tensor([0.9]), {})
     control.loaded.features.clear()
     with torch.inference_mode(), torch.profiler.profile(profile_memory=True) as profile:
         result = control(forward)
-    taken = peak(profile)
+    taken = peak(profile) - 12 * images * height * width  # a copy of the images, which a run has in host memory
     control.loaded.features.clear()
     control.loaded.end_run()
-    told = sum(control.memory((1, 16, frames, *at) if video else (images, 4, *at), DTYPE))
+    told = sum(control.memory(shape, DTYPE))
     print(f"{family}, {images} of {width}x{height}: {told / 2 ** 20:.0f} MB told, {taken / 2 ** 20:.0f} taken")
     shape = result[0].shape  # of a video the frames lie below one another
     assert (shape[3] // (at[0] // 2) if video else shape[1]) == frames
     assert abs(taken / told - 1) <= 0.2
 
 
-def test_on_a_model_it_is_told_beside_what_the_sampling_itself_needs(apply, unets, controlnexts, asked):
+def test_on_a_model_it_is_told_beside_what_the_sampling_itself_needs(apply, unets, controlnexts, asked, control_in):
     bare = unets["sd15"]
     one = apply(bare, controlnexts["sd15"], picture(1))
     two = apply(one, controlnexts["sd15"], picture(2))

@@ -173,7 +173,7 @@ def test_the_teacher_sees_each_row_s_own_image_and_nothing_of_the_student(pack, 
     clone = run.trainable_clone(model, control, {target: difference}, torch.float32, False)
     teacher = pack("nodes.training.teacher").Teacher(teachers[kind], 1.0, 1.0, vae)
     comfy.model_management.load_models_gpu([clone, *teacher.models()])
-    trainer = run.Run(clone, control, pack("controlnext_core.training").Training(control.module), samples, 2, 0.0,
+    trainer = run.Session(clone, control, pack("controlnext_core.training").Training(control.module), samples, 2, 0.0,
                       teacher=teacher)
     x, sigma = torch.randn(2, *samples.batch_latents([0]).shape[1:]), torch.tensor([0.3, 0.9])
     with trainer.taught():

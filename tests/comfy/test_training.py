@@ -104,14 +104,14 @@ def test_a_few_steps_lower_the_loss_on_one_picture_and_leave_the_model_as_it_was
 
 def test_what_is_trained_is_what_is_applied(pack, small, unet):
     """One forward of the training and one of Apply ControlNeXt give the same."""
-    train, run = pack("nodes.train"), pack("nodes.training.session")
+    start, run = pack("nodes.training.start"), pack("nodes.training.session")
     latents, images = pictures([(8, 8)] * 2)
     samples = pack("nodes.training.data").Samples(latents, [cond(unet, seed) for seed in (0, 1)], images, None, 8)
-    control = train._start(unet, small(), seed=3)
+    control = start.start_control(unet, small(), seed=3)
     clone = run.trainable_clone(unet, control, {}, torch.float32, True)
     comfy.model_management.load_models_gpu([clone])
     training = pack("controlnext_core.training").Training(control.module)
-    denoise = run.Run(clone, control, training, samples, 2, 0.0)._denoise
+    denoise = run.Session(clone, control, training, samples, 2, 0.0)._denoise
     control.images = samples.batch_images([1, 0])
     x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([2.0, 2.0])
     ours = denoise(x, sigma, [1, 0], [False, False])

@@ -42,7 +42,7 @@ def running(pack, base: str, model, frames: int = 1, checkpointing: bool = True)
         try:
             comfy.model_management.load_models_gpu([clone], memory_required=1e20, force_full_load=True)
             clone.pre_run()
-            yield training_run.Run(clone, control, state, data, 1, 0.0), state
+            yield training_run.Session(clone, control, state, data, 1, 0.0), state
         finally:
             clone.cleanup()
             comfy.model_management.unload_all_models()
