@@ -3,6 +3,7 @@
 Without a GPU the way is the same: ``torch.device("cpu", 0)`` is the same memory, but no tensor's device is equal to it.
 """
 
+import comfy.model_management
 import pytest
 import torch
 from sampling import conds, latent, picture, sample
@@ -90,3 +91,30 @@ def test_results_are_equal_bit_for_bit_whether_features_move_or_not(apply, unets
     loaded.features.clear()
     assert torch.isfinite(results[0]).all()
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_what_finds_no_room_at_home_is_given_all_the_same_and_not_kept(cache_of, monkeypatch):
+    def full(tensor):
+        raise RuntimeError("CUDA error: out of memory")
+    monkeypatch.setattr(comfy.model_management, "pin_memory", full)
+    cache = cache_of(10 ** 6, torch.device("cpu", 1))
+    for _ in range(2):
+        tensor, = cache.get("key", lambda: (torch.ones(4),))
+        assert torch.equal(tensor, torch.ones(4))
+    assert cache.size == 0 and not cache.holds("key")
+
+
+def test_a_next_step_that_finds_no_room_beside_the_present_one_is_fetched_when_its_turn_comes(cache_of, monkeypatch):
+    cache = cache_of(10 ** 6, torch.device("cpu", 1))
+    for step in range(2):
+        cache.get(step, lambda step=step: (torch.full((4,), float(step)),), step=step)
+    cache.end_run()
+    cast, room = comfy.model_management.cast_to, [True, False, True]
+
+    def fetch(*args, **settings):
+        if not room.pop(0):
+            raise RuntimeError("CUDA error: out of memory")
+        return cast(*args, **settings)
+    monkeypatch.setattr(comfy.model_management, "cast_to", fetch)
+    got = [cache.get(step, lambda: pytest.fail("computed again"), step=step)[0] for step in range(2)]
+    assert [float(tensor[0]) for tensor in got] == [0.0, 1.0] and not room
