@@ -4,24 +4,10 @@ Everything else asks the table and never compares family names.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-BASE_NAMES = {"sd15": "SD1.5", "sdxl": "SDXL", "svd": "SVD", "sd3": "SD3", "flux": "Flux.1", "chroma": "Chroma",
-              "qwen_image": "Qwen-Image", "flux2": "Flux.2", "z_image": "Z-Image", "wan": "Wan"}
-NAMED = 5  # choices in a sentence
-
-
-def listed(bases: Iterable[str]) -> str:
-    """Names of bases for a sentence: ``SD1.5, SDXL and SVD``."""
-    *names, last = (BASE_NAMES[base] for base in bases)
-    return f"{', '.join(names)} and {last}"
-
-
-def either(names: Iterable[str]) -> str:
-    """Choices for a sentence: ``a or b``, and of many the first ones."""
-    names = list(dict.fromkeys(names))
-    return " or ".join(names) if len(names) <= NAMED else f"{', '.join(names[:NAMED])} or another"
+from .bases import BASES, either
 
 
 def _as_is(scale: float) -> float:
@@ -42,7 +28,7 @@ class Family:
 
     Attributes:
         name: the name people choose in the loader.
-        base: the denoiser that it steers, a key of ``BASE_NAMES``.
+        base: the denoiser that it steers, a key of ``BASES``.
         layout: the state dict layout (see ``layouts``) that its files have.
         place: where the features enter the denoiser.
         pool_first: pool the features to the denoiser's size before normalizing them, not after.
@@ -113,8 +99,7 @@ def resolve(layout: str, variant: str, base: str) -> Family:
         if family.base == base:
             return family
     names = either(family.name for family in candidates)
-    bases = either(BASE_NAMES[family.base] for family in candidates)
-    raise ValueError(
-        f"model: the ControlNeXt file is {names} (for {bases}), but the connected MODEL is {BASE_NAMES[base]}; "
-        f"connect a {bases} MODEL or load a ControlNeXt file for {BASE_NAMES[base]}."
-    )
+    titles = either(BASES[family.base].title for family in candidates)
+    title = BASES[base].title
+    raise ValueError(f"model: the ControlNeXt file is {names} (for {titles}), but the connected MODEL is {title}; "
+                     f"connect a {titles} MODEL or load a ControlNeXt file for {title}.")

@@ -27,13 +27,6 @@ WIDTHS = {
     "video_mid": dict(frequencies=128, time=256, stem_0=64, stem_1=64, width_0=128, width_1=128, width_2=256,
                       width_3=256, out=1280),
 }
-# the UNet weights that the reference trains along, as patterns of diffusers names, by base
-# of transformers, which it has not, the same as of SD1.5: where the attention of the picture's stream ends
-# of large ones in the first ten blocks alone: of Flux.1 94 million numbers, whose training takes 1.5 GB
-_FIRST_BLOCKS = r"^transformer_blocks\.\d\.attn\.to_out"
-UNET_PATTERNS = {"sd15": "to_out", "sdxl": r"attn2.*to_out", "svd": "to_out|to_v", "sd3": "to_out",
-                 **dict.fromkeys(("flux", "flux2", "chroma", "qwen_image"), _FIRST_BLOCKS),
-                 "z_image": r"^layers\.\d\.attention\.to_out", "wan": r"^blocks\.\d\.attn1\.to_out"}
 # a model predicts (x - x0 * a) / b of its noisy x; an error of the estimated x0 counts 1 / b^2, as the reference has it
 LOSS_WEIGHTS = {
     "epsilon": lambda sigma: sigma ** -2,
@@ -49,10 +42,6 @@ MAX_GRADIENT_NORM = 1.0
 # what our files say of themselves: a family's name, the place where control enters, and difference or replace
 FAMILY_KEY, PLACE_KEY, MODE_KEY = "controlnext.family", "controlnext.place", "controlnext.unet"
 SCALED_LAYOUTS = ("mid", "video_mid")  # whose files always hold the number ``scale``; others do if it is not 1
-# {base: variant} of a new module where the layout leaves a choice: what the reference's own training makes
-NEW_VARIANTS = {"svd": "svd_padded"}
-# {base: (mean, deviation)} of the logarithm of training's noise levels, where they are not evenly the sampling's own
-LOG_SIGMAS = {"svd": (0.7, 1.6)}
 
 
 def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, operations=nn,

@@ -8,21 +8,21 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from .bases import bases_of
+
 _QKV = ("to_q", "to_k", "to_v")
 
 
 @dataclass(frozen=True)
 class Names:
-    """The names of one class of transformers, all without the final .weight or .bias.
+    """The names of one kind of transformers, all without the final .weight or .bias.
 
     Attributes:
-        mark: how a key of every such transformer begins, and none of those before it in the table.
         top: {ComfyUI's: diffusers'} outside of the blocks.
         blocks: {ComfyUI's list of blocks: (diffusers', {ComfyUI's layer: diffusers' layers})}.
         exchanged: layers of ``top`` whose tensors have their halves the other way round.
     """
 
-    mark: str
     top: Mapping[str, str] = field(default_factory=dict)
     blocks: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = field(default_factory=dict)
     exchanged: tuple[str, ...] = ()
@@ -56,8 +56,12 @@ _Z_IMAGE_BLOCK = {
     "attention.qkv": _joined("attention", _QKV), "attention.out": ("attention.to_out.0",),
     "attention.q_norm": ("attention.norm_q",), "attention.k_norm": ("attention.norm_k",),
 }
-TRANSFORMERS = (
-    Names("joint_blocks.", {  # SD3
+_FLUX = Names(_FLUX_TOP, {
+    "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
+    "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
+}, ("final_layer.adaLN_modulation.1",))
+TRANSFORMERS = {
+    "sd3": Names({
         "pos_embed": "pos_embed.pos_embed", "x_embedder.proj": "pos_embed.proj",
         "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
         "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
@@ -75,22 +79,21 @@ TRANSFORMERS = (
         "context_block.attn.proj": ("attn.to_add_out",), "context_block.attn.ln_q": ("attn.norm_added_q",),
         "context_block.attn.ln_k": ("attn.norm_added_k",),
     })}, ("final_layer.adaLN_modulation.1",)),
-    Names("double_stream_modulation_img.", _FLUX_TOP, {  # Flux.2
+    "flux": _FLUX,
+    "chroma": _FLUX,
+    "qwen_image": Names(),
+    "flux2": Names(_FLUX_TOP, {
         "double_blocks": ("transformer_blocks", {
             **_FLUX_DOUBLE, "img_mlp.0": ("ff.linear_in",), "img_mlp.2": ("ff.linear_out",),
             "txt_mlp.0": ("ff_context.linear_in",), "txt_mlp.2": ("ff_context.linear_out",)}),
         "single_blocks": ("single_transformer_blocks", {
             **_FLUX_SINGLE, "linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}),
     }, ("final_layer.adaLN_modulation.1",)),
-    Names("double_blocks.", _FLUX_TOP, {  # Flux.1, Chroma
-        "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
-        "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
-    }, ("final_layer.adaLN_modulation.1",)),
-    Names("noise_refiner.", {  # Z-Image
+    "z_image": Names({
         "x_embedder": "all_x_embedder.2-1", "final_layer.linear": "all_final_layer.2-1.linear",
         "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
     }, {blocks: (blocks, _Z_IMAGE_BLOCK) for blocks in ("layers", "noise_refiner", "context_refiner")}),
-    Names("blocks.", {  # Wan
+    "wan": Names({
         "time_embedding.0": "condition_embedder.time_embedder.linear_1",
         "time_embedding.2": "condition_embedder.time_embedder.linear_2",
         "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -106,8 +109,7 @@ TRANSFORMERS = (
                                ("norm_k", "norm_k"), ("k_img", "add_k_proj"), ("v_img", "add_v_proj"),
                                ("norm_k_img", "norm_added_k"))},
     })}),
-    Names("transformer_blocks."),  # Qwen-Image
-)
+}
 
 
 def transformer_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str, tuple[int, int] | None, bool]]:
@@ -118,7 +120,7 @@ def transformer_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
     Args:
         shapes: {key: shape} of ComfyUI's model, without ``diffusion_model.``.
     """
-    names = next((names for names in TRANSFORMERS if any(key.startswith(names.mark) for key in shapes)), None)
+    names = next((TRANSFORMERS[base] for base in bases_of(shapes) if base in TRANSFORMERS), None)
     for key, shape in shapes.items() if names else ():
         path, _, tensor = key.rpartition(".")
         end = "weight" if tensor == "scale" else tensor  # of norms, in older versions of ComfyUI

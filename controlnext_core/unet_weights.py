@@ -10,28 +10,10 @@ from statistics import median
 
 import torch
 
+from .bases import BASES, bases_of, either, without_prefix
 from .checkpoint import ANCHORS, describe, strip_prefixes
-from .families import BASE_NAMES, either
 from .unet_keys import Target, targets_of
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
-# (bases, any of these in a key) by diffusers and by ComfyUI's names; the first that fits speaks
-BASE_MARKS = (
-    ("sd3", ("joint_blocks.",)),
-    ("flux2", ("double_stream_modulation_img.",)),
-    ("chroma", ("distilled_guidance_layer.",)),
-    ("flux", ("vector_in.", "time_text_embed.guidance_embedder.")),
-    ("flux flux2 chroma", ("double_blocks.", "single_blocks.", "single_transformer_blocks.")),
-    ("z_image", (".attention.qkv.", ".attention.to_")),
-    ("wan", (".self_attn.", "condition_embedder.")),
-    ("qwen_image", ("txt_norm.", ".img_mlp.")),
-    ("sd3 flux flux2 chroma qwen_image", (".attn.",)),
-    ("svd", ("spatial_res_block.", "temporal_res_block.", "temporal_transformer_blocks.", "time_stack.", "time_mixer.",
-             "time_pos_embed.")),
-    ("sdxl", ("add_embedding.", "label_emb.")),
-    ("sd15", ("down_blocks.0.attentions.", "input_blocks.1.1.")),
-    ("sdxl", (".transformer_blocks.1.",)),
-)
 # a full file's tensors point the way of the base weights and have their size; differences do neither
 SAME_COSINE = 0.5
 SAME_SIZE = (0.5, 2.0)
@@ -77,19 +59,6 @@ class Likeness:
         return "replace" if self.cosine > SAME_COSINE and SAME_SIZE[0] < self.size < SAME_SIZE[1] else "difference"
 
 
-def bases_of(keys: Iterable[str]) -> list[str]:
-    """The bases (keys of ``BASE_NAMES``) that these keys can be of, none when they tell nothing."""
-    keys = list(keys)
-    for bases, marks in BASE_MARKS:
-        if any(mark in key for key in keys for mark in marks):
-            return bases.split()
-    return []
-
-
-def _named(bases: Iterable[str]) -> str:
-    return either(BASE_NAMES[base] for base in bases)
-
-
 def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWeights:
     """Match a file's tensors with a model's, by diffusers or LDM names, with or without prefix.
 
@@ -111,7 +80,7 @@ def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWei
     targets = targets_of(shapes)
     tensors, left_out, parts = {}, [], defaultdict(dict)
     for key, value in state_dict.items():
-        bare = next((key[len(prefix):] for prefix in PREFIXES if key.startswith(prefix)), key)
+        bare = without_prefix(key)
         target = Target(bare) if bare in shapes else targets.get(bare)
         if target is None:
             left_out.append(key)
@@ -130,11 +99,11 @@ def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWei
                          f"that came with the ControlNeXt model (often called unet.safetensors).")
     wrong = [key for key, value in tensors.items() if tuple(value.shape) != tuple(shapes[key])]
     bases, model_bases = bases_of(state_dict), bases_of(shapes)
-    other_base = _named(bases) if bases and model_bases and not set(bases) & set(model_bases) else None
+    other_base = _titles(bases) if bases and model_bases and not set(bases) & set(model_bases) else None
     if other_base and (wrong or left_out):
         raise ValueError(f"{name} holds UNet weights for {other_base}, but the connected MODEL is "
-                         f"{_named(model_bases)}; connect a {other_base} MODEL or choose UNet weights for "
-                         f"{_named(model_bases)}.")
+                         f"{_titles(model_bases)}; connect a {other_base} MODEL or choose UNet weights for "
+                         f"{_titles(model_bases)}.")
     if wrong:
         found, expected = list(tensors[wrong[0]].shape), list(shapes[wrong[0]])
         more = f" (and {len(wrong) - 1} more tensors differ)" if len(wrong) > 1 else ""
@@ -153,6 +122,10 @@ def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWei
     return UNetWeights(tensors, left_out, other_base, partial)
 
 
+def _titles(bases: Iterable[str]) -> str:
+    return either(BASES[base].title for base in bases)
+
+
 def _describe(keys: Iterable[str]) -> str:
     """What a file is, from its keys, as somebody who looks for UNet weights wants to hear it."""
     keys = list(keys)
@@ -164,7 +137,7 @@ def _describe(keys: Iterable[str]) -> str:
     if any(key.endswith((".diff", ".diff_b")) for key in keys):
         return "a LoRA (Load LoRA takes it)"
     bases = bases_of(keys)
-    return f"UNet weights for {_named(bases)}" if bases else "UNet weights of another kind of model"
+    return f"UNet weights for {_titles(bases)}" if bases else "UNet weights of another kind of model"
 
 
 def compare(tensors: Mapping[str, torch.Tensor], base_weight: Callable[[str], torch.Tensor]) -> Likeness:

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..controlnext_core.families import BASE_NAMES, FAMILIES, either, families_of
+from ..controlnext_core.bases import BASES, either
+from ..controlnext_core.families import FAMILIES, families_of
 from .preview import show_text
 from .runtime.files import fingerprint_listed, list_files
 from .runtime.loaded import FOLDERS, ControlNeXt, ControlNeXtType, load_controlnext
@@ -44,7 +45,7 @@ def _describe(controlnext: ControlNeXt) -> str:
     if controlnext.variant != "auto":
         families = [FAMILIES[controlnext.variant]]
     names = either(family.name for family in families)
-    bases = either(BASE_NAMES[family.base] for family in families)
+    bases = either(BASES[family.base].title for family in families)
     parameters = list(controlnext.loaded.checkpoint.module.parameters())
     size = sum(parameter.numel() for parameter in parameters) / 1e6
     precision = str(parameters[0].dtype).removeprefix("torch.")

@@ -13,10 +13,8 @@ import torch
 from comfy_api.latest import io
 from tqdm.auto import tqdm
 
-from ..controlnext_core.training import (
-    Training,
-    with_scale,
-)
+from ..controlnext_core.bases import BASES
+from ..controlnext_core.training import Training, with_scale
 from ..controlnext_core.unet_keys import targets_of
 from ..controlnext_core.unet_weights import read
 from .inputs import inject_at_input
@@ -34,7 +32,6 @@ from .training.teacher import Teacher
 
 FOLDER = "controlnext_training"  # in the output folder
 NONE = "none"
-FRAMES_IN_ROWS = ("svd",)  # bases of which a LATENT is one video
 TEXTS, MEAN_OF = 1000, 50  # texts in a training; losses in the mean that they tell
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -175,7 +172,7 @@ class ControlNeXtTrain(io.ComfyNode):
         if teacher and settings.teacher_share:
             learned_from = Teacher(teacher[0], settings.teacher_strength, settings.teacher_share,
                                    teacher_vae[0] if teacher_vae else None)
-        rows_are_frames = base_of_model(model_of(model[0])) in FRAMES_IN_ROWS
+        rows_are_frames = BASES[base_of_model(model_of(model[0]))].frames_in_rows
         samples = Samples(latents, conditioning, images, empty_conditioning[0] if empty_conditioning else None,
                           model[0].get_model_object("latent_format").spacial_downscale_ratio, rows_are_frames,
                           images_a_frame(model_of(model[0]).denoiser))

@@ -104,7 +104,7 @@ def _row(denoiser) -> Transformer | None:
 
 
 def base_of(base_model, denoiser) -> str | None:
-    """The base (a key of ``BASE_NAMES``) of a BaseModel around this denoiser, None for another one."""
+    """The base (a key of ``BASES``) of a BaseModel around this denoiser, None for another one."""
     if isinstance(denoiser, UNetModel):
         bases = UNET_BASES
     else:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from ...controlnext_core.families import BASE_NAMES, Family, either, listed
+from ...controlnext_core.bases import BASES, either, listed
+from ...controlnext_core.families import Family
 from ...controlnext_core.families import resolve as family_for
 from .loaded import ControlNeXt
 from .places import Place, base_of, places_of, unwrapped
@@ -67,11 +68,11 @@ class Resolved:
 
 
 def base_of_model(model: RunningModel) -> str:
-    """The base (a key of ``BASE_NAMES``) of a MODEL. ValueError: it has none."""
+    """The base (a key of ``BASES``) of a MODEL. ValueError: it has none."""
     base = base_of(model.base_model, model.denoiser)
     if base is None:
-        raise ValueError(f"model: ControlNeXt steers {listed(BASE_NAMES)} models; the connected MODEL is a "
-                         f"{type(model.base_model).__name__}, which is not supported yet.")
+        raise ValueError(f"model: ControlNeXt steers {listed(base.title for base in BASES.values())} models; the "
+                         f"connected MODEL is a {type(model.base_model).__name__}, which is not supported yet.")
     return base
 
 

@@ -12,11 +12,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from ...controlnext_core.bases import BASES
 from ...controlnext_core.degradation import degraded
 from ...controlnext_core.families import Family
 from ...controlnext_core.sizes import halved
 from ...controlnext_core.training import (
-    LOG_SIGMAS,
     Training,
     control_features,
     draw_levels,
@@ -219,9 +219,9 @@ class Session:
 
     def _draw_sigmas(self, rows: int, generator: torch.Generator) -> torch.Tensor:
         """The noise level of each sample of a batch, (rows,)."""
-        sigmas, base = self.sampling.sigmas.cpu(), self.control.family.base
-        if base in LOG_SIGMAS:
-            return draw_sigmas(rows, *LOG_SIGMAS[base], (float(sigmas[0]), float(sigmas[-1])), generator)
+        sigmas, log_sigmas = self.sampling.sigmas.cpu(), BASES[self.control.family.base].log_sigmas
+        if log_sigmas is not None:
+            return draw_sigmas(rows, *log_sigmas, (float(sigmas[0]), float(sigmas[-1])), generator)
         return sigmas[draw_levels(rows, len(sigmas), self.prediction, generator)]
 
     def preview(self) -> tuple | None:

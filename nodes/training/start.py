@@ -4,8 +4,9 @@ import comfy.ops
 import torch
 
 from ...controlnext_core import checkpoint
-from ...controlnext_core.families import either, resolve
-from ...controlnext_core.training import NEW_VARIANTS, UNET_PATTERNS, learn_scale, new_module, select_weights
+from ...controlnext_core.bases import BASES, either
+from ...controlnext_core.families import resolve
+from ...controlnext_core.training import learn_scale, new_module, select_weights
 from ...controlnext_core.unet_keys import Target
 from ..runtime.loaded import ControlNeXt
 from ..runtime.places import places_of
@@ -24,7 +25,7 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
     """
     base = base_of_model(model_of(model))
     family = (family_of(model_of(model), controlnext) if controlnext
-              else resolve("light", NEW_VARIANTS.get(base, "auto"), base))
+              else resolve("light", BASES[base].new_variant, base))
     places = places_of(model_of(model).denoiser)
     if inject_at == "auto":
         inject_at = controlnext and controlnext.place or family.place
@@ -55,7 +56,7 @@ def start_differences(model, names: dict[str, Target], shapes: dict[str, tuple],
     """{diffusers name: difference to start from} of the UNet weights to train. ValueError: the pattern fits none."""
     found = {}
     if settings.trainable == WITH_UNET:
-        pattern = settings.unet_pattern or UNET_PATTERNS[base_of_model(model_of(model))]
+        pattern = settings.unet_pattern or BASES[base_of_model(model_of(model))].unet_pattern
         found = {name: torch.zeros(target.shape(shapes[target.key]))
                  for name, target in select_weights(names, pattern).items()}
         if not found:

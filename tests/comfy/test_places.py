@@ -4,6 +4,8 @@ import pytest
 import torch
 from models import sd3_model, unet_model
 
+from controlnext_core.bases import BASES
+
 SHORT = dict(num_res_blocks=[1, 3], channel_mult=[1, 4], transformer_depth=[1, 0, 0, 0],
              transformer_depth_output=[1, 1, 0, 0, 0, 0])
 EXPECTED = {  # {place: (block, channels, halvings)}
@@ -35,3 +37,9 @@ def test_a_transformer_has_the_tokens_and_every_block_but_the_last(pack, blocks)
     assert list(places) == ["tokens", *(f"block_{index}" for index in range(blocks - 1))]
     assert [at.block for at in places.values()] == [("double_block", index) for index in range(blocks)]
     assert {(at.slot, at.channels, at.halvings) for at in places.values()} == {("controlnext_tokens", 64 * blocks, 1)}
+
+
+def test_every_base_has_its_classes_of_comfyui_and_no_class_is_of_another(pack):
+    places = pack("nodes.runtime.places")
+    transformers = [base for row in places.TRANSFORMERS.values() for base in row.bases.values()]
+    assert sorted([*transformers, *places.UNET_BASES.values()]) == sorted(BASES)

@@ -11,7 +11,8 @@ from sampling import TRAINING, conds, picture
 from tokens import drawn, new_controlnext
 from trainings import RATE, running, samples
 
-from controlnext_core.training import UNET_PATTERNS, select_weights
+from controlnext_core.bases import BASES
+from controlnext_core.training import select_weights
 from controlnext_core.unet_keys import targets_of
 
 SETTINGS = TRAINING | dict(steps=6, learning_rate=RATE, unet_learning_rate=RATE)
@@ -43,7 +44,7 @@ def test_training_reaches_every_tensor_and_leaves_the_model_as_it_was(base, mode
     assert steps == len(loss_map["loss"]) == 6
     assert all(torch.equal(value, before[key]) for key, value in model.model.state_dict().items())
     targets = targets_of({key: value.shape for key, value in model.model.diffusion_model.state_dict().items()})
-    expected = select_weights(targets, UNET_PATTERNS[base])
+    expected = select_weights(targets, BASES[base].unet_pattern)
     assert controlnext.unet_differences.keys() == expected.keys()
     assert len(expected) >= 3  # of every block
     weights = {**controlnext.loaded.checkpoint.state_dict, **controlnext.unet_differences}

@@ -9,7 +9,8 @@ import torch
 from sampling import cond, latent, picture
 from tokens import BASES, new_controlnext
 
-from controlnext_core.training import UNET_PATTERNS, select_weights
+from controlnext_core.bases import BASES as ROWS
+from controlnext_core.training import select_weights
 from controlnext_core.unet_keys import targets_of
 
 RATE = 3e-3  # of learning
@@ -33,7 +34,7 @@ def running(pack, base: str, model, frames: int = 1, checkpointing: bool = True)
         patch.setattr("comfy.model_management.in_training", True)
         control = pack("nodes.training.start").start_control(model, new_controlnext(pack, base), 0, "block_0")
         shapes = {key: tuple(value.shape) for key, value in model.model.diffusion_model.state_dict().items()}
-        targets = select_weights(targets_of(shapes), UNET_PATTERNS[base])
+        targets = select_weights(targets_of(shapes), ROWS[base].unet_pattern)
         state = training.Training(control.module, {name: torch.zeros(target.shape(shapes[target.key]))
                                                    for name, target in targets.items()}, RATE, RATE)
         clone = training_run.trainable_clone(
