@@ -33,6 +33,7 @@ class Family:
         place: where the features enter the denoiser.
         pool_first: pool the features to the denoiser's size before normalizing them, not after.
         eps: added to the standard deviation of the features.
+        released: the reference implementation has it; the others are this project's own.
         gain: learned ``scale`` -> multiplier of the conditional half.
         zero_negative_scale: the reference sets ``scale`` to 0 for the unconditional half.
         stem_padding: padding of the stem's second and third convolution; the weights cannot tell it.
@@ -47,6 +48,7 @@ class Family:
     place: str
     pool_first: bool
     eps: float
+    released: bool = True
     gain: Callable[[float], float] = _as_is
     zero_negative_scale: bool = False
     stem_padding: int = 1
@@ -73,9 +75,9 @@ FAMILIES = {
                gain=_fifth, zero_negative_scale=True, window_reference=True),
         Family("svd_mid", "svd", "video_mid", "before_middle", pool_first=False, eps=1e-5,
                gain=_sigmoid, zero_negative_scale=True, stem_padding=0, stem_pool=True),
-        # never released: of this project. Pooled before they are normalized, their deviation is that of the tokens;
-        # pooled behind the stem, too, they are as fine as the tokens and cost a quarter
-        *(Family(base, base, "light", "tokens", pool_first=True, eps=1e-12, stem_pool=True)
+        # pooled before they are normalized, their std is that of the tokens; pooled behind the stem, too, they are as
+        # fine as the tokens and cost a quarter
+        *(Family(base, base, "light", "tokens", pool_first=True, eps=1e-12, stem_pool=True, released=False)
           for base in ("sd3", "flux", "chroma", "qwen_image", "flux2", "z_image", "wan")),
     )
 }
