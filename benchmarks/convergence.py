@@ -114,7 +114,9 @@ def controlled(kind: Kind, unet, seed: int):
     from torch import nn
 
     from controlnext_core.families import FAMILIES
-    from controlnext_core.training import add_features, control_features, learn_scale, new_module, select_weights
+    from controlnext_core.features import add_features, control_features
+    from controlnext_core.module import new_module
+    from controlnext_core.training import select_weights
     from controlnext_core.unet_keys import diffusers_to_ldm
     from demo_model.control import BASE_SETTINGS, WIDTHS
 
@@ -122,8 +124,7 @@ def controlled(kind: Kind, unet, seed: int):
         def __init__(self, zero: bool):
             super().__init__()
             self.unet, self.zero, self.family = unet.requires_grad_(False), zero, FAMILIES["sd15"]
-            self.module = new_module(self.family, seed, zero, **WIDTHS)
-            learn_scale(self.module, 1.0)
+            self.module = new_module(self.family, seed, zero, scale=1.0, **WIDTHS)
             self.module.scale.requires_grad_(kind.scale_rate > 0)
             names = diffusers_to_ldm(unet.state_dict())
             pattern = BASE_SETTINGS["sd15"]["unet_pattern"] if kind.pattern is None else kind.pattern

@@ -184,7 +184,7 @@ def module_flops(count, family: str, out: int, image, timesteps, size: tuple[int
     import torch
 
     from controlnext_core.families import FAMILIES
-    from controlnext_core.training import new_module
+    from controlnext_core.module import new_module
     family = FAMILIES[family]
     with torch.device("meta"):
         module = new_module(family, out=out).to(image.dtype)

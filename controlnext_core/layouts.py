@@ -41,6 +41,14 @@ PLAIN_MID = {
 }
 OUT = {"mid_convs.1.weight": ("out", "{o}", 1, 1), "mid_convs.1.bias": ("out",)}
 
+# the reference's widths by layout
+WIDTHS = {
+    "light": dict(frequencies=128, time=256, stem_0=64, stem_1=64, width_0=128, width_1=128, width_2=256, out=320),
+    "mid": dict(frequencies=128, time=256, width_0=3, width_1=128, width_2=256, width_3=256, out=1280),
+    "video_mid": dict(frequencies=128, time=256, stem_0=64, stem_1=64, width_0=128, width_1=128, width_2=256,
+                      width_3=256, out=1280),
+}
+
 
 def layout_of(keys: Sequence[str]) -> str:
     """``mid`` (no stem), ``video_mid`` (stem and a third stage) or ``light``, as the reference's classes differ."""

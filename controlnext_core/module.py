@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cross_normalization import pool
+from .families import Family
+from .layouts import WIDTHS
 
 STEM_GROUPS = 2  # cannot be deduced from the state dict, nor can the other group numbers
 CHANNELS_PER_GROUP = 32
@@ -76,10 +78,14 @@ class ControlNeXtModule(nn.Module):
         keys: the state dict's keys; they tell the stem, the stages, the shortcuts and the kind of middle.
         operations: where layers come from (``torch.nn`` or one of ComfyUI's ``comfy.ops`` classes).
         dtype, device: of the parameters.
+        scale: makes the scale that control is multiplied by a parameter, ``scale``, that begins as this number and is
+            trained; None where it is not learned.
     """
 
-    def __init__(self, widths: dict[str, int], keys, operations=nn, dtype=None, device=None):
+    def __init__(self, widths: dict[str, int], keys, operations=nn, dtype=None, device=None,
+                 scale: float | None = None):
         super().__init__()
+        self.scale = None if scale is None else nn.Parameter(torch.tensor(scale, dtype=dtype, device=device))
         factory = {"operations": operations, "dtype": dtype, "device": device}
         layer = {"dtype": dtype, "device": device}
         stages = sum(name.startswith("width_") for name in widths) - 1
@@ -171,3 +177,36 @@ class ControlNeXtModule(nn.Module):
     def forward(self, image: torch.Tensor, timestep: torch.Tensor, stem_padding: int, stem_pool: bool) -> torch.Tensor:
         """Both parts at once: image (N, 3, H, W) and timestep (N,) or (1,) to features (N, out, h, w)."""
         return self.timestep_part(self.image_part(image, stem_padding, stem_pool), timestep)
+
+
+def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, operations=nn,
+               scale: float | None = None, **widths: int) -> ControlNeXtModule:
+    """A fresh module of a family in float32, initialised as the reference does: every layer as torch has it.
+
+    Args:
+        family: its layout gives the reference's widths and whether there is a stem.
+        seed: of the weights; torch's own random numbers are left as they were.
+        zero_convolution: start with a last convolution of zeros, for training without cross normalization.
+        operations: where layers come from; they must initialise themselves, as ``torch.nn`` does.
+        scale: of ``ControlNeXtModule``.
+        widths: other widths than the reference's: ``out`` (the denoiser's channels at the place of injection),
+            ``frequencies``, ``time``, ``stem_0``, ``stem_1``, ``width_0`` ...; above 32 they must be multiples of 32.
+
+    Raises:
+        ValueError: a width that the family's layout does not have.
+    """
+    reference = WIDTHS[family.layout]
+    if unknown := widths.keys() - reference.keys():
+        raise ValueError(f"{min(unknown)} is not a width of {family.name}; it has {', '.join(reference)}.")
+    widths = {**reference, **widths}
+    stages = sum(name.startswith("width_") for name in widths) - 1
+    keys = ["embedding.0.weight"] if "stem_0" in widths else []
+    keys += [f"down_res.{i}.conv_shortcut.weight" for i in range(stages)
+             if widths[f"width_{i}"] != widths[f"width_{i + 1}"]]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = ControlNeXtModule(widths, keys, operations=operations, dtype=torch.float32, scale=scale)
+    if zero_convolution:
+        for parameter in module.mid_convs[1].parameters():
+            nn.init.zeros_(parameter)
+    return module

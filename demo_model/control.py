@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from controlnext_core.families import FAMILIES
-from controlnext_core.training import new_module
+from controlnext_core.module import new_module
 from demo_model.agreement import drawn_region
 from demo_model.bases import Base
 from demo_model.samples import varied_drawings

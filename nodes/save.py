@@ -7,7 +7,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..controlnext_core.families import FAMILIES
-from ..controlnext_core.training import reference_files
+from ..controlnext_core.release_files import reference_files
 from .preview import show_text
 from .runtime.files import UNLISTED, write_whole
 from .runtime.loaded import ControlNeXt, ControlNeXtType

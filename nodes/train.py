@@ -14,7 +14,8 @@ from comfy_api.latest import io
 from tqdm.auto import tqdm
 
 from ..controlnext_core.bases import BASES
-from ..controlnext_core.training import Training, with_scale
+from ..controlnext_core.release_files import with_scale
+from ..controlnext_core.training import Training
 from ..controlnext_core.unet_keys import targets_of
 from ..controlnext_core.unet_weights import read
 from .inputs import inject_at_input

@@ -9,7 +9,7 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ...controlnext_core.training import MODE_KEY
+from ...controlnext_core.release_files import MODE_KEY
 from ...controlnext_core.unet_weights import UNetWeights, compare, move_to_base, read, split_patches
 from .files import find_file, load_state_dict, read_metadata
 

@@ -13,7 +13,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io
 
 from ...controlnext_core import checkpoint
-from ...controlnext_core.training import FAMILY_KEY, PLACE_KEY, with_scale
+from ...controlnext_core.release_files import FAMILY_KEY, PLACE_KEY, with_scale
 from .feature_cache import FeatureCache, limit_from_environment
 from .files import find_file, fingerprint, read_metadata, read_state_dict
 

@@ -15,16 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from ...controlnext_core.bases import BASES
 from ...controlnext_core.degradation import degraded
 from ...controlnext_core.families import Family
+from ...controlnext_core.features import control_features
+from ...controlnext_core.losses import draw_levels, draw_sigmas, prediction_loss
 from ...controlnext_core.sizes import halved
-from ...controlnext_core.training import (
-    Training,
-    control_features,
-    draw_levels,
-    draw_rows,
-    draw_sigmas,
-    drop_captions,
-    prediction_loss,
-)
+from ...controlnext_core.training import Training, draw_rows, drop_captions
 from ...controlnext_core.unet_keys import Target
 from ..runtime.control import RESIZING, images_of
 from ..runtime.forward import Forward
@@ -73,7 +67,7 @@ class TrainingControl:
             features = torch.cat([checkpoint(features_of, group, True, use_reentrant=False) for group in groups], 2)
         else:
             features = features_of(images)
-        gain, _ = self.family.gains(getattr(self.module, "scale", self.scale))
+        gain, _ = self.family.gains(self.scale if self.module.scale is None else self.module.scale)
         return features[None], features.new_ones(1, 1, 1, 1, 1) * gain
 
 

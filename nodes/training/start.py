@@ -3,10 +3,12 @@
 import comfy.ops
 import torch
 
-from ...controlnext_core import checkpoint
 from ...controlnext_core.bases import BASES, either
 from ...controlnext_core.families import resolve
-from ...controlnext_core.training import learn_scale, new_module, select_weights
+from ...controlnext_core.layouts import solve_widths
+from ...controlnext_core.module import ControlNeXtModule, new_module
+from ...controlnext_core.release_files import with_scale
+from ...controlnext_core.training import select_weights
 from ...controlnext_core.unet_keys import Target
 from ..runtime.loaded import ControlNeXt
 from ..runtime.places import places_of
@@ -44,10 +46,10 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
             raise ValueError(f"controlnext: {controlnext.name} gives {found.module.out_channels} channels where the "
                              f"connected MODEL takes {place.channels} at {inject_at}; connect the MODEL that it is "
                              "for, or train a new one.")
-    module = checkpoint.read(state_dict, "controlnext", operations=comfy.ops.manual_cast).module
-    module.load_state_dict(state_dict)
-    if learns_scale:
-        learn_scale(module, scale)
+    widths = solve_widths({key: value.shape for key, value in state_dict.items()})
+    module = ControlNeXtModule(widths, list(state_dict), operations=comfy.ops.manual_cast, dtype=torch.float32,
+                               scale=scale if learns_scale else None)
+    module.load_state_dict(with_scale(state_dict, scale) if learns_scale else state_dict)
     return TrainingControl(module.to(model.load_device), family, place, inject_at, scale)
 
 

@@ -11,7 +11,7 @@ from models import small_transformer
 from sampling import conds, latent, picture, sample
 
 from controlnext_core.families import FAMILIES
-from controlnext_core.training import new_module
+from controlnext_core.module import new_module
 
 DTYPE = torch.float32
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from sampling import TRAINING, cond, conds, latent, picture, sample
 
 from controlnext_core.families import FAMILIES
-from controlnext_core.training import new_module
+from controlnext_core.module import new_module
 from controlnext_core.unet_keys import targets_of
 
 SETTINGS = TRAINING | dict(steps=8, learning_rate=3e-3, unet_learning_rate=3e-3, filename_prefix="sd3")

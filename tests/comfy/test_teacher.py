@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from sampling import TRAINING, cond, one_forward, picture
 
 from controlnext_core.families import FAMILIES
-from controlnext_core.training import draw_levels, draw_rows, new_module
+from controlnext_core.losses import draw_levels
+from controlnext_core.module import new_module
+from controlnext_core.training import draw_rows
 from controlnext_core.unet_keys import targets_of
 
 WIDTHS = {"sd15": 64, "sdxl": 64, "sd3": 192}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sampling import TRAINING, cond, sample
 
 from controlnext_core.families import FAMILIES
-from controlnext_core.training import new_module
+from controlnext_core.module import new_module
 from controlnext_core.unet_keys import diffusers_to_ldm
 
 OUTPUT = Path(folder_paths.get_output_directory())

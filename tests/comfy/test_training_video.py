@@ -12,7 +12,8 @@ from models import NARROW, small_unet
 from sampling import FAMILIES, TRAINING, cond, one_forward, picture, sample
 
 from controlnext_core.families import FAMILIES as TABLE
-from controlnext_core.training import draw_rows, new_module
+from controlnext_core.module import new_module
+from controlnext_core.training import draw_rows
 
 FRAMES = 2
 OUTPUT = Path(folder_paths.get_output_directory())

@@ -15,7 +15,7 @@ from models import NARROW
 from sampling import conds, latent, sample
 
 from controlnext_core.families import FAMILIES
-from controlnext_core.training import new_module
+from controlnext_core.module import new_module
 
 BLOCK_BEHIND = {"tokens": 0, "block_0": 1, "block_1": 2}
 

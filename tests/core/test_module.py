@@ -5,6 +5,9 @@ import torch
 
 from controlnext_core.checkpoint import read
 from controlnext_core.families import FAMILIES
+from controlnext_core.module import new_module
+
+SMALL = dict(frequencies=8, time=16, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32, out=12)
 
 
 @pytest.fixture
@@ -60,3 +63,37 @@ def test_features_depend_on_image_and_timestep(family, module):
         features = module(image, torch.tensor([500.0]), *options)
         assert not torch.allclose(features, module(1 - image, torch.tensor([500.0]), *options))
         assert not torch.allclose(features, module(image, torch.tensor([100.0]), *options))
+
+
+def test_a_new_module_has_the_keys_and_shapes_of_the_reference(goldens, released):
+    expected = {key: shape for key, shape in goldens.module[released]["state_dict_shapes"].items() if key != "scale"}
+    module = new_module(FAMILIES[released])
+    assert {key: list(value.shape) for key, value in module.state_dict().items()} == expected
+    assert all(torch.isfinite(value).all() for value in module.parameters())
+
+
+def test_a_small_module_reads_back_from_its_own_state_dict():
+    module = new_module(FAMILIES["sd15"], **SMALL)
+    again = read(module.state_dict(), "small.safetensors").module
+    again.load_state_dict(module.state_dict())
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.equal(again(image, torch.ones(1), 1, False), module(image, torch.ones(1), 1, False))
+
+
+def test_a_module_that_learns_its_scale_has_it_before_the_same_weights():
+    plain, learning = new_module(FAMILIES["sdxl"], 5, **SMALL), new_module(FAMILIES["sdxl"], 5, scale=0.5, **SMALL)
+    assert list(learning.state_dict()) == ["scale", *plain.state_dict()]
+    assert learning.scale.item() == 0.5 and learning.scale.shape == ()
+    assert all(torch.equal(value, learning.state_dict()[key]) for key, value in plain.state_dict().items())
+
+
+def test_the_seed_makes_the_weights_and_leaves_other_random_numbers_alone():
+    before = torch.random.get_rng_state()
+    first, second, other = (new_module(FAMILIES["sdxl"], seed, **SMALL).mid_convs[1].weight for seed in (5, 5, 6))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_width_that_the_layout_lacks_is_named():
+    with pytest.raises(ValueError, match="stem_0 is not a width of sd15_mid"):
+        new_module(FAMILIES["sd15_mid"], stem_0=8)

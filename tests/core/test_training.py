@@ -5,19 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from controlnext_core import checkpoint
 from controlnext_core.families import FAMILIES
-from controlnext_core.training import (
-    Training,
-    add_features,
-    control_features,
-    draw_rows,
-    drop_captions,
-    learn_scale,
-    new_module,
-    prediction_loss,
-    select_weights,
-)
+from controlnext_core.features import add_features, control_features
+from controlnext_core.losses import prediction_loss
+from controlnext_core.module import new_module
+from controlnext_core.training import Training, draw_rows, drop_captions, select_weights
 
 SMALL = dict(frequencies=8, time=16, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32, out=12)
 
@@ -50,54 +42,15 @@ def loss_of_batch(training: Training, zero_convolution: bool = False) -> torch.T
     sigma = torch.rand(2, generator=training.generator) + 0.1
     features = control_features(training.module, family, images[rows], sigma, (4, 4), zero_convolution)
     x = latents[rows] + sigma[:, None, None, None] * noise
-    gain = getattr(training.module, "scale", 1.0)
+    gain = 1.0 if training.module.scale is None else training.module.scale
     out = denoiser(x, training.differences["after"], lambda h: add_features(h, features, gain, zero_convolution))
     return prediction_loss(x - sigma[:, None, None, None] * out, latents[rows], sigma, "epsilon").mean()
 
 
 def small_training(ema: float = 0.0, zero_convolution: bool = False, scale: float | None = None,
                    **settings) -> Training:
-    module = new_module(FAMILIES["sdxl"], 3, zero_convolution, **SMALL)
-    if scale is not None:
-        learn_scale(module, scale)
+    module = new_module(FAMILIES["sdxl"], 3, zero_convolution, scale=scale, **SMALL)
     return Training(module, {"after": torch.zeros(4, 12, 3, 3)}, 1e-3, 1e-3, ema, seed=4, **settings)
-
-
-def test_a_new_module_has_the_keys_and_shapes_of_the_reference(goldens, released):
-    expected = {key: shape for key, shape in goldens.module[released]["state_dict_shapes"].items() if key != "scale"}
-    module = new_module(FAMILIES[released])
-    assert {key: list(value.shape) for key, value in module.state_dict().items()} == expected
-    assert all(torch.isfinite(value).all() for value in module.parameters())
-
-
-def test_a_small_module_reads_back_from_its_own_state_dict():
-    module = new_module(FAMILIES["sd15"], **SMALL)
-    read = checkpoint.read(module.state_dict(), "small.safetensors")
-    read.module.load_state_dict(read.state_dict)
-    image = torch.rand(1, 3, 32, 32)
-    assert torch.equal(read.module(image, torch.ones(1), 1, False), module(image, torch.ones(1), 1, False))
-
-
-def test_the_seed_makes_the_weights_and_leaves_other_random_numbers_alone():
-    before = torch.random.get_rng_state()
-    first, second, other = (new_module(FAMILIES["sdxl"], seed, **SMALL).mid_convs[1].weight for seed in (5, 5, 6))
-    assert torch.equal(first, second) and not torch.equal(first, other)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_a_width_that_the_layout_lacks_is_named():
-    with pytest.raises(ValueError, match="stem_0 is not a width of sd15_mid"):
-        new_module(FAMILIES["sd15_mid"], stem_0=8)
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_gradients_reach_every_parameter_through_cross_normalization(family):
-    module = new_module(family, out=32, time=32)
-    features = control_features(module, family, torch.rand(2, 3, 64, 64), torch.tensor([1.0, 500.0]), (4, 4))
-    h = add_features(torch.randn(2, 32, 4, 4), features, family.gains(1.0)[0])
-    (h * torch.randn_like(h)).sum().backward()
-    without = [name for name, value in module.named_parameters() if not value.grad.any()]
-    assert without == []
 
 
 def test_a_zero_convolution_starts_as_the_denoiser_alone_and_learns():
@@ -107,33 +60,6 @@ def test_a_zero_convolution_starts_as_the_denoiser_alone_and_learns():
     assert torch.equal(add_features(h, features, 1.0, True), h)
     one_step(training, True)
     assert training.module.mid_convs[1].weight.any()
-
-
-def test_losses_are_the_mean_squared_errors_of_what_each_kind_of_model_predicts():
-    generator = torch.Generator().manual_seed(7)
-    clean, noise, out = torch.randn(3, 5, 4, 8, 8, generator=generator)
-    sigma = torch.tensor([0.05, 0.4, 0.9, 2.0, 14.0])
-    wide = sigma[:, None, None, None]
-    denoised = clean + wide * (noise - out)  # x - sigma * out
-    assert torch.allclose(prediction_loss(denoised, clean, sigma, "epsilon"),
-                          (out - noise).square().mean((1, 2, 3)), rtol=1e-3)
-    # flow: x = (1 - sigma) x0 + sigma noise, out is noise - x0
-    denoised = (1 - wide) * clean + wide * noise - wide * out
-    assert torch.allclose(prediction_loss(denoised, clean, sigma, "flow"),
-                          (out - (noise - clean)).square().mean((1, 2, 3)), rtol=1e-3)
-    root = (wide ** 2 + 1).sqrt()  # v of the scaled input: alpha = 1 / root, sigma / root
-    denoised = (clean + wide * noise) / root ** 2 - out * wide / root
-    assert torch.allclose(prediction_loss(denoised, clean, sigma, "v"),
-                          (out - (noise - wide * clean) / root).square().mean((1, 2, 3)), rtol=1e-3)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
-def test_with_min_snr_an_error_of_the_picture_counts_as_its_signal_to_noise_ratio_up_to_gamma(prediction):
-    clean, error = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(6))
-    sigma = torch.tensor([0.1, 0.4, 0.8, 1.0])
-    ratio = (1 - sigma) ** 2 / sigma ** 2 if prediction == "flow" else 1 / sigma ** 2
-    loss = prediction_loss(clean + error, clean, sigma, prediction, min_snr_gamma=5.0)
-    assert torch.allclose(loss, ratio.clamp(max=5.0) * error.square().mean((1, 2, 3)))
 
 
 def test_a_batch_is_of_one_bucket_without_repeats_and_buckets_come_by_their_share():

@@ -1,0 +1,54 @@
+"""What a training step goes down: the noise levels that it draws, and the loss of what the model predicts there."""
+
+import torch
+
+# a model predicts (x - x0 * a) / b of its noisy x; an error of the estimated x0 counts 1 / b^2, as the reference has it
+LOSS_WEIGHTS = {
+    "epsilon": lambda sigma: sigma ** -2,
+    "v": lambda sigma: sigma ** -2 + 1,
+    "flow": lambda sigma: sigma ** -2,
+}
+SIGNAL_TO_NOISE = {
+    "epsilon": lambda sigma: sigma ** -2,
+    "v": lambda sigma: sigma ** -2,
+    "flow": lambda sigma: (sigma ** -1 - 1) ** 2,
+}
+
+
+def draw_levels(rows: int, levels: int, prediction: str, generator: torch.Generator) -> torch.Tensor:
+    """Which of a sampling's noise levels each row of a batch gets, (rows,), 0 is the one of least noise.
+
+    Each is as likely as any other, as the reference has it. Of flow models the middle ones are likelier: logit-normal
+    with mean 0 and deviation 1, as SD3 was trained (arXiv 2403.03206); the levels themselves follow the model's shift.
+    """
+    if prediction == "flow":
+        return (torch.randn(rows, generator=generator).sigmoid() * levels).long().clamp(max=levels - 1)
+    return torch.randint(levels, (rows,), generator=generator)
+
+
+def draw_sigmas(rows: int, mean: float, deviation: float, limits: tuple[float, float],
+                generator: torch.Generator) -> torch.Tensor:
+    """Noise levels (rows,) of a continuous model: log-normal, as EDM draws them (arXiv 2206.00364), within limits."""
+    return (mean + deviation * torch.randn(rows, generator=generator)).exp().clamp(*limits)
+
+
+def prediction_loss(denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor, prediction: str,
+                    min_snr_gamma: float = 0.0) -> torch.Tensor:
+    """Mean squared error (N,) of what the model predicts, told from its estimate of the clean latents.
+
+    Equal to ``mse(epsilon, noise)``, ``mse(v, alpha * noise - sigma * x0)`` or ``mse(velocity, noise - x0)`` of the
+    reference, sample by sample. With min-SNR weighting (arXiv 2303.09556) an error of the clean latents counts
+    min(signal-to-noise ratio, gamma) instead, whatever the model predicts.
+
+    Args:
+        denoised: the model's estimate of ``clean``, (N, ...).
+        clean: the latents before noise, (N, ...).
+        sigma: (N,) noise level: of x0 + sigma * noise, for flow of (1 - sigma) * x0 + sigma * noise. Above 0.
+        prediction: epsilon, v or flow.
+        min_snr_gamma: above 0, or 0 for the reference's loss.
+    """
+    if min_snr_gamma:
+        weight = SIGNAL_TO_NOISE[prediction](sigma).clamp(max=min_snr_gamma)
+    else:
+        weight = LOSS_WEIGHTS[prediction](sigma)
+    return weight * (denoised.float() - clean.float()).square().flatten(1).mean(1)
