@@ -1,5 +1,6 @@
 """From a file's state dict to a ControlNeXt module, or one sentence on what the file is instead."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +32,24 @@ FOREIGN = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A ControlNeXt file that was read: its module, layout and learned scale (1.0 when the file has none)."""
+    """A ControlNeXt file that fits.
+
+    Attributes:
+        module: made for the file's weights; ``load_weights`` fills it.
+        state_dict: the file's weights, without prefixes and scale.
+        layout: of ``layouts.layout_of``.
+        scale: the learned scale, 1.0 when the file has none.
+    """
 
     module: ControlNeXtModule
     state_dict: dict[str, torch.Tensor]
     layout: str
     scale: float
+
+    def load_weights(self, assign: bool = False) -> ControlNeXtModule:
+        """Fill the module, with the file's own tensors if ``assign``, else with copies; returns the module."""
+        self.module.load_state_dict(self.state_dict, assign=assign)
+        return self.module
 
     def known_family(self, declared: str | None) -> str:
         """The family that a file declares in its metadata, ``auto`` when it declares none of its layout."""
@@ -59,7 +72,7 @@ def strip_prefixes(state_dict: dict) -> dict:
     return state_dict
 
 
-def describe(keys) -> str:
+def kind_of_file(keys: Iterable[str]) -> str:
     """What a file that is not a ControlNeXt module looks like, from its keys."""
     for what, marks in FOREIGN:
         if any(mark in key for key in keys for mark in marks):
@@ -67,8 +80,8 @@ def describe(keys) -> str:
     return f"of an unknown kind (its first tensor is {next(iter(keys))})"
 
 
-def read(state_dict: dict, name: str, operations=nn, device=None) -> Checkpoint:
-    """Build the module of a state dict; its weights are left to the caller's ``load_state_dict``.
+def open_checkpoint(state_dict: dict, name: str, operations=nn, device=None) -> Checkpoint:
+    """Check a file's state dict and make the module that it is for; ``Checkpoint.load_weights`` fills it.
 
     Args:
         state_dict: {key: tensor} as it came from the file, prefixes and all.
@@ -84,7 +97,7 @@ def read(state_dict: dict, name: str, operations=nn, device=None) -> Checkpoint:
     if not state_dict:
         raise ValueError(f"{name} holds no tensors; download it again or choose another file.")
     if not all(any(key.startswith(anchor) for key in state_dict) for anchor in ANCHORS):
-        raise ValueError(f"{name} is not a ControlNeXt model: it is {describe(state_dict)}; choose the small "
+        raise ValueError(f"{name} is not a ControlNeXt model: it is {kind_of_file(state_dict)}; choose the small "
                          f"ControlNeXt file (often called controlnet.safetensors, 7 to 22 MB).")
     for key, value in state_dict.items():
         if not value.is_floating_point():

@@ -78,13 +78,13 @@ def expected_shapes(keys: Sequence[str]) -> dict[str, tuple]:
             block |= SHORTCUT
         names = {"i": f"width_{stage}", "o": f"width_{stage + 1}"}
         for prefix, table in ((f"down_res.{stage}", block), (f"down_sample.{stage}", DOWNSAMPLE)):
-            shapes |= {f"{prefix}.{key}": _named(shape, names) for key, shape in table.items()}
+            shapes |= {f"{prefix}.{key}": _in_widths(shape, names) for key, shape in table.items()}
     for table in (NORMED_MID if stem else PLAIN_MID, OUT):
-        shapes |= {key: _named(shape, {"o": f"width_{stages}"}) for key, shape in table.items()}
+        shapes |= {key: _in_widths(shape, {"o": f"width_{stages}"}) for key, shape in table.items()}
     return shapes
 
 
-def _named(shape: tuple, names: Mapping[str, str]) -> tuple:
+def _in_widths(shape: tuple, names: Mapping[str, str]) -> tuple:
     return tuple(dim.format(**names) if isinstance(dim, str) else dim for dim in shape)
 
 

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from .bases import BASES, bases_of, either, without_prefix
-from .checkpoint import ANCHORS, describe, strip_prefixes
+from .checkpoint import ANCHORS, kind_of_file, strip_prefixes
 from .unet_keys import Target, targets_of
 
 # a full file's tensors point the way of the base weights and have their size; differences do neither
@@ -59,7 +59,7 @@ class Likeness:
         return "replace" if self.cosine > SAME_COSINE and SAME_SIZE[0] < self.size < SAME_SIZE[1] else "difference"
 
 
-def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWeights:
+def match_weights(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWeights:
     """Match a file's tensors with a model's, by diffusers or LDM names, with or without prefix.
 
     Args:
@@ -93,7 +93,7 @@ def read(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWei
         for (first, count), value in rows.items():
             whole[first:first + count] = value
         tensors.setdefault(key, whole)
-    what = _describe(state_dict)
+    what = _kind_of_unet_file(state_dict)
     if not tensors or what.startswith(NAMED_ALIKE):
         raise ValueError(f"{name} holds no UNet weights for the connected MODEL: it is {what}; choose the UNet weights "
                          f"that came with the ControlNeXt model (often called unet.safetensors).")
@@ -126,12 +126,12 @@ def _titles(bases: Iterable[str]) -> str:
     return either(BASES[base].title for base in bases)
 
 
-def _describe(keys: Iterable[str]) -> str:
+def _kind_of_unet_file(keys: Iterable[str]) -> str:
     """What a file is, from its keys, as somebody who looks for UNet weights wants to hear it."""
     keys = list(keys)
     if all(any(key.startswith(anchor) for key in keys) for anchor in ANCHORS):
         return "a ControlNeXt model (Load ControlNeXt Model takes it)"
-    what = describe(keys)
+    what = kind_of_file(keys)
     if not what.startswith("UNet weights"):
         return what
     if any(key.endswith((".diff", ".diff_b")) for key in keys):

@@ -17,7 +17,7 @@ from ..controlnext_core.bases import BASES
 from ..controlnext_core.release_files import with_scale
 from ..controlnext_core.training import Training
 from ..controlnext_core.unet_keys import targets_of
-from ..controlnext_core.unet_weights import read
+from ..controlnext_core.unet_weights import match_weights
 from .inputs import inject_at_input
 from .preview import node_id, show_text
 from .runtime.base_weights import BaseWeights, add_unet_weights
@@ -213,7 +213,8 @@ class ControlNeXtTrain(io.ComfyNode):
         trained = trained_controlnext(with_scale(weights, control.scale), control.family.name,
                                       settings.filename_prefix, differences, control.place_name)
         if differences:
-            model = add_unet_weights(model, read(differences, settings.filename_prefix, shapes), "difference", 1.0)
+            matched = match_weights(differences, settings.filename_prefix, shapes)
+            model = add_unet_weights(model, matched, "difference", 1.0)
         return io.NodeOutput(trained, {"loss": training.losses}, training.step, model)
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ...controlnext_core.release_files import MODE_KEY
-from ...controlnext_core.unet_weights import UNetWeights, compare, move_to_base, read, split_patches
+from ...controlnext_core.unet_weights import UNetWeights, compare, match_weights, move_to_base, split_patches
 from .files import find_file, load_state_dict, read_metadata
 
 FOLDERS = ("controlnext", "controlnet", "diffusion_models")
@@ -75,7 +75,7 @@ def load_unet_weights(name: str, base: BaseWeights) -> UNetWeights:
     """Read a file for the MODEL of ``base``. ValueError: one sentence that names the input."""
     state_dict = load_state_dict(name, FOLDERS, "unet_name")
     try:
-        return read(state_dict, name, base.shapes)
+        return match_weights(state_dict, name, base.shapes)
     except ValueError as error:
         raise ValueError(f"unet_name: {error}") from None
 

@@ -12,7 +12,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io
 
-from ...controlnext_core import checkpoint
+from ...controlnext_core.checkpoint import open_checkpoint
 from ...controlnext_core.release_files import FAMILY_KEY, PLACE_KEY, with_scale
 from .feature_cache import FeatureCache, limit_from_environment
 from .files import find_file, fingerprint, read_metadata, read_state_dict
@@ -37,17 +37,17 @@ class LoadedModule:
 
     def __init__(self, state_dict: dict, name: str, reload: tuple, disable_dynamic: bool = False, load_device=None):
         try:
-            read = checkpoint.read(state_dict, name, operations=comfy.ops.manual_cast,
-                                   device=comfy.model_management.unet_offload_device())
+            checkpoint = open_checkpoint(state_dict, name, operations=comfy.ops.manual_cast,
+                                         device=comfy.model_management.unet_offload_device())
         except ValueError as error:
             raise ValueError(f"controlnext_name: {error}") from None
         patcher_class = (comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher)
         load_device = load_device or comfy.model_management.get_torch_device()
-        self.patcher = patcher_class(read.module, load_device=load_device,
+        self.patcher = patcher_class(checkpoint.module, load_device=load_device,
                                      offload_device=comfy.model_management.unet_offload_device())
-        read.module.load_state_dict(read.state_dict, assign=self.patcher.is_dynamic())
+        checkpoint.load_weights(assign=self.patcher.is_dynamic())
         self.patcher.cached_patcher_init = reload
-        self.checkpoint, self.name = read, name
+        self.checkpoint, self.name = checkpoint, name
         self._copies: dict[torch.device, LoadedModule] = {}
         limit = limit_from_environment()
         self.features = FeatureCache(limit, self.patcher.offload_device)

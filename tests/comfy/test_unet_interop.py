@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from sampling import cond, sample
 from test_unet_loader import differences, full, original, save_lora
 
-from controlnext_core.checkpoint import read
+from controlnext_core.checkpoint import open_checkpoint
 
 MODEL = dict(transformer_depth_middle=1)  # self attention guidance works in the middle block
 # With this variable set: the UNet that the goldens were computed with, which takes 12 GB and 5 minutes more.
@@ -65,9 +65,8 @@ def bake(model, goldens, image):
     """The expected model: differences in its weights, control from a hook behind the first downsampler."""
     for key, value in differences(model, 0.2).items():
         original(model)[key].add_(value)
-    checkpoint = read(goldens.state_dict("sd15"), "sd15")
-    checkpoint.module.load_state_dict(checkpoint.state_dict)
-    add_by_hook(model, checkpoint.module.to(image.dtype), image)
+    module = open_checkpoint(goldens.state_dict("sd15"), "sd15").load_weights()
+    add_by_hook(model, module.to(image.dtype), image)
     return model
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from controlnext_core.checkpoint import read
+from controlnext_core.checkpoint import open_checkpoint
 from controlnext_core.families import FAMILIES, resolve
 
 OTHER_FILES = {
@@ -22,8 +22,8 @@ OTHER_FILES = {
 @pytest.mark.parametrize("prefix", ["", "module.", "controlnet.", "module.controlnet."])
 def test_every_family_is_read_whatever_its_prefix(goldens, released, prefix):
     state_dict = goldens.state_dict(released)
-    checkpoint = read({prefix + key: value for key, value in state_dict.items()}, released)
-    checkpoint.module.load_state_dict(checkpoint.state_dict)
+    checkpoint = open_checkpoint({prefix + key: value for key, value in state_dict.items()}, released)
+    checkpoint.load_weights()
     assert checkpoint.layout == FAMILIES[released].layout
     assert checkpoint.scale == pytest.approx(goldens.module[released]["scale"]["value"], abs=1e-7)
     assert checkpoint.module.out_channels == state_dict["mid_convs.1.bias"].shape[0]
@@ -35,8 +35,8 @@ def test_widths_follow_the_file(goldens):
         return tuple(dim // 2 if dim in (64, 128, 256) else dim for dim in shape)
     shapes = goldens.module["sd15"]["state_dict_shapes"]
     state_dict = {key: torch.zeros(narrow(shape)) for key, shape in shapes.items()}
-    checkpoint = read(state_dict, "narrow")
-    checkpoint.module.load_state_dict(checkpoint.state_dict)
+    checkpoint = open_checkpoint(state_dict, "narrow")
+    checkpoint.load_weights()
     assert checkpoint.module.frequencies == 64
     assert checkpoint.module.down_res[1].conv1.out_channels == 128
 
@@ -44,7 +44,7 @@ def test_widths_follow_the_file(goldens):
 @pytest.mark.parametrize("what", OTHER_FILES)
 def test_other_files_are_named_for_what_they_are(what):
     with pytest.raises(ValueError, match=f"f.safetensors is not a ControlNeXt model: it is {what.split(' (')[0]}"):
-        read({key: torch.zeros(1) for key in OTHER_FILES[what]}, "f.safetensors")
+        open_checkpoint({key: torch.zeros(1) for key in OTHER_FILES[what]}, "f.safetensors")
 
 
 @pytest.mark.parametrize("key", ["down_res.0.conv1.weight", "time_embedding.linear_1.bias", "mid_convs.1.weight",
@@ -54,7 +54,7 @@ def test_one_wrong_shape_is_named_wherever_it_is(goldens, released, key):
     state_dict[key] = torch.zeros(*state_dict[key].shape[:-1], state_dict[key].shape[-1] + 1)
     expected = list(state_dict[key].shape)
     with pytest.raises(ValueError) as raised:
-        read(state_dict, "f.safetensors")
+        open_checkpoint(state_dict, "f.safetensors")
     assert f"tensor {key} has shape {expected}" in str(raised.value)
 
 
@@ -62,9 +62,9 @@ def test_missing_and_foreign_tensors_are_named(goldens):
     state_dict = goldens.state_dict("sd15")
     del state_dict["down_res.1.conv2.bias"]
     with pytest.raises(ValueError, match="tensor down_res.1.conv2.bias is missing"):
-        read(state_dict, "f")
+        open_checkpoint(state_dict, "f")
     with pytest.raises(ValueError, match="tensor surprise is not part of any ControlNeXt model"):
-        read(goldens.state_dict("sd15") | {"surprise": torch.zeros(1)}, "f")
+        open_checkpoint(goldens.state_dict("sd15") | {"surprise": torch.zeros(1)}, "f")
 
 
 def test_weights_that_cannot_be_used_are_named(goldens):
@@ -72,16 +72,16 @@ def test_weights_that_cannot_be_used_are_named(goldens):
                        (torch.full((256,), float("nan")), "holds NaN or infinite"),
                        (torch.full((256,), float("inf")), "holds NaN or infinite")):
         with pytest.raises(ValueError, match=f"tensor down_res.1.norm2.bias {words}"):
-            read(goldens.state_dict("sd15") | {"down_res.1.norm2.bias": bad}, "f")
+            open_checkpoint(goldens.state_dict("sd15") | {"down_res.1.norm2.bias": bad}, "f")
 
 
 def test_empty_file_is_said_to_be_empty():
     with pytest.raises(ValueError, match="f holds no tensors"):
-        read({}, "f")
+        open_checkpoint({}, "f")
 
 
 def test_variant_that_does_not_fit_the_file_names_those_that_do(goldens):
-    checkpoint = read(goldens.state_dict("sd15"), "f")
+    checkpoint = open_checkpoint(goldens.state_dict("sd15"), "f")
     for fitting in ("auto", "sd15", "sdxl", "svd", "svd_padded"):
         checkpoint.check_variant(fitting)
     with pytest.raises(ValueError, match="variant: svd_mid was chosen.*sd15, sdxl, svd, svd_padded, sd3 or another;"):

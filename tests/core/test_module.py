@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from controlnext_core.checkpoint import read
+from controlnext_core.checkpoint import open_checkpoint
 from controlnext_core.families import FAMILIES
 from controlnext_core.module import new_module
 
@@ -17,9 +17,7 @@ def family(released):
 
 @pytest.fixture
 def module(goldens, family):
-    checkpoint = read(goldens.state_dict(family.name), family.name)
-    checkpoint.module.load_state_dict(checkpoint.state_dict)
-    return checkpoint.module
+    return open_checkpoint(goldens.state_dict(family.name), family.name).load_weights()
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 5e-5), (torch.float64, 1e-5)])
@@ -74,8 +72,7 @@ def test_a_new_module_has_the_keys_and_shapes_of_the_reference(goldens, released
 
 def test_a_small_module_reads_back_from_its_own_state_dict():
     module = new_module(FAMILIES["sd15"], **SMALL)
-    again = read(module.state_dict(), "small.safetensors").module
-    again.load_state_dict(module.state_dict())
+    again = open_checkpoint(module.state_dict(), "small.safetensors").load_weights()
     image = torch.rand(1, 3, 32, 32)
     assert torch.equal(again(image, torch.ones(1), 1, False), module(image, torch.ones(1), 1, False))
 

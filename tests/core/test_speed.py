@@ -4,14 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from controlnext_core.checkpoint import read
+from controlnext_core.checkpoint import open_checkpoint
 
 
 @pytest.fixture
 def module(goldens, request):
-    checkpoint = read(goldens.state_dict(request.param), request.param)
-    checkpoint.module.load_state_dict(checkpoint.state_dict)
-    return checkpoint.module
+    return open_checkpoint(goldens.state_dict(request.param), request.param).load_weights()
 
 
 def flops(function, *args) -> int:

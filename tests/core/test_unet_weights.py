@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from controlnext_core.unet_weights import compare, lora_key, low_rank, move_to_base, read, split_patches
+from controlnext_core.unet_weights import compare, lora_key, low_rank, match_weights, move_to_base, split_patches
 
 # a UNet with two levels of one block each, cut down to one tensor of each kind
 SHAPES = {
@@ -41,7 +41,7 @@ def tensors_of(names) -> dict:
 
 def test_diffusers_names_are_found():
     file = tensors_of(DIFFUSERS)
-    weights = read(file, "unet.bin", SHAPES)
+    weights = match_weights(file, "unet.bin", SHAPES)
     assert {name: weights.tensors[DIFFUSERS[name]] is file[name] for name in file} == dict.fromkeys(file, True)
     assert weights.left_out == []
 
@@ -49,26 +49,27 @@ def test_diffusers_names_are_found():
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "module.", "unet."])
 @pytest.mark.parametrize("names", [SHAPES, DIFFUSERS], ids=["ldm", "diffusers"])
 def test_prefixes_are_taken_off(prefix, names):
-    weights = read({prefix + name: value for name, value in tensors_of(names).items()}, "unet.bin", SHAPES)
+    weights = match_weights({prefix + name: value for name, value in tensors_of(names).items()}, "unet.bin", SHAPES)
     assert weights.tensors.keys() == {DIFFUSERS.get(name, name) for name in names}
 
 
 def test_prefixes_are_taken_off_a_full_checkpoint():
     file = {f"model.diffusion_model.{name}": value for name, value in tensors_of(SHAPES).items()}
-    weights = read(file | {"first_stage_model.encoder.conv_in.weight": torch.zeros(1)}, "model.safetensors", SHAPES)
+    file |= {"first_stage_model.encoder.conv_in.weight": torch.zeros(1)}
+    weights = match_weights(file, "model.safetensors", SHAPES)
     assert weights.tensors.keys() == SHAPES.keys()
     assert weights.left_out == ["first_stage_model.encoder.conv_in.weight"]
 
 
 def test_keys_that_the_model_lacks_are_reported():
     file = tensors_of(["conv_in.weight"]) | {"down_blocks.9.resnets.0.conv1.weight": torch.zeros(1)}
-    assert read(file, "unet.bin", SHAPES).left_out == ["down_blocks.9.resnets.0.conv1.weight"]
+    assert match_weights(file, "unet.bin", SHAPES).left_out == ["down_blocks.9.resnets.0.conv1.weight"]
 
 
 def test_a_text_encoder_beside_the_weights_does_not_make_them_another_base_s():
     text = {"cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(8, 8)}
     file = {f"model.diffusion_model.{name}": value for name, value in tensors_of(SHAPES).items()}
-    assert read(file | text, "v1-5.safetensors", SHAPES).left_out == list(text)
+    assert match_weights(file | text, "v1-5.safetensors", SHAPES).left_out == list(text)
 
 
 @pytest.mark.parametrize("keys, what", [
@@ -89,26 +90,26 @@ def test_a_file_without_unet_weights_is_told_for_what_it_is(keys, what):
     file = {key: torch.zeros(32, 4, 3, 3) for key in keys}
     message = f"^x.bin holds no UNet weights for the connected MODEL: it is {what}.*; choose "
     with pytest.raises(ValueError, match=message):
-        read(file, "x.bin", SHAPES)
+        match_weights(file, "x.bin", SHAPES)
 
 
 def test_weights_for_another_base_are_an_error_that_names_both():
     file = tensors_of(["conv_in.weight"]) | {"add_embedding.linear_1.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match="x.bin holds UNet weights for SDXL, but the connected MODEL is SD1.5; conn"):
-        read(file, "x.bin", SHAPES)
+        match_weights(file, "x.bin", SHAPES)
 
 
 def test_weights_that_fit_but_look_made_for_another_base_are_noted():
     video = {"input_blocks.1.1.time_mixer.mix_factor": (1,)}
-    assert read(tensors_of(DIFFUSERS), "x.bin", SHAPES | video).other_base == "SD1.5"
-    assert read(tensors_of(DIFFUSERS), "x.bin", SHAPES).other_base is None
+    assert match_weights(tensors_of(DIFFUSERS), "x.bin", SHAPES | video).other_base == "SD1.5"
+    assert match_weights(tensors_of(DIFFUSERS), "x.bin", SHAPES).other_base is None
 
 
 def test_another_shape_is_an_error_that_names_the_tensor():
     file = tensors_of(DIFFUSERS) | {"conv_in.weight": torch.zeros(32, 9, 3, 3)}
     with pytest.raises(ValueError, match=r"tensor input_blocks.0.0.weight has shape \[32, 9, 3, 3\] where the "
                                          r"connected MODEL has \[32, 4, 3, 3\]; choose"):
-        read(file, "x.bin", SHAPES)
+        match_weights(file, "x.bin", SHAPES)
 
 
 @pytest.mark.parametrize("bad, found", [(torch.zeros(4, 32, 3, 3, dtype=torch.int8), "int8 numbers"),
@@ -116,18 +117,18 @@ def test_another_shape_is_an_error_that_names_the_tensor():
                                         (torch.full((4, 32, 3, 3), torch.inf), "NaN or infinite weights")])
 def test_integer_and_non_finite_weights_are_errors_that_name_the_tensor(bad, found):
     with pytest.raises(ValueError, match=f"x.bin: tensor out.2.weight holds {found}.*; download"):
-        read(tensors_of(DIFFUSERS) | {"conv_out.weight": bad}, "x.bin", SHAPES)
+        match_weights(tensors_of(DIFFUSERS) | {"conv_out.weight": bad}, "x.bin", SHAPES)
 
 
 @pytest.mark.parametrize("scale", ["scaled_fp8", "out.0.scale_weight", "out.0.comfy_quant"])
 def test_quantised_weights_are_an_error(scale):
     with pytest.raises(ValueError, match="x.bin is quantised .* take the same weights in fp16"):
-        read({"out.0.weight": torch.zeros(2), scale: torch.ones(1)}, "x.bin", {"out.0.weight": (2,)})
+        match_weights({"out.0.weight": torch.zeros(2), scale: torch.ones(1)}, "x.bin", {"out.0.weight": (2,)})
 
 
 def test_a_file_without_tensors_is_an_error():
     with pytest.raises(ValueError, match="x.bin holds no tensors"):
-        read({"step": 1000}, "x.bin", SHAPES)
+        match_weights({"step": 1000}, "x.bin", SHAPES)
 
 
 @pytest.mark.parametrize("change, mode", [
