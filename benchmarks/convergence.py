@@ -132,7 +132,8 @@ def controlled(kind: Kind, unet, seed: int):
             self.trained = [unet.get_parameter(key).requires_grad_(True) for key in trained]
 
         def forward(self, x, timestep, caption, image):
-            features = control_features(self.module, self.family, image, timestep, x.shape[-2:], self.zero)
+            parts = [self.module.image_part(image, self.family.stem_padding, self.family.stem_pool)]
+            features = control_features(self.module, self.family, parts, timestep, x.shape[-2:], self.zero)
 
             def add(h, options: dict):
                 if options["block"] != ("input", 0):

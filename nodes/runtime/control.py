@@ -8,7 +8,8 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ...controlnext_core.cross_normalization import fit, pool
+from ...controlnext_core.cross_normalization import pool
+from ...controlnext_core.features import control_features
 from ...controlnext_core.sizes import as_rgb, crop, halved
 from .forward import Forward, Half
 from .loaded import LoadedModule
@@ -127,18 +128,15 @@ class Control:
             picture = picture.to(forward.device, forward.dtype)
             return loaded.patcher.model.image_part(picture, family.stem_padding, family.stem_pool)
 
-        def raw(index: int):
+        def kept_image_part(index: int):
             pixels = math.prod(forward.size) * self.resolved.ratio ** 2
             if loaded.image_parts_stay(len(self.settings.image), pixels, forward.dtype):
-                part = loaded.image_parts.get((self._images.digest(index), *where), lambda: image_part(index))
-            else:  # of a video, too few would stay to be worth their memory
-                part = image_part(index)
-            at = forward.at[row:row + 1]
-            return loaded.patcher.model.timestep_part(part, at, size if family.pool_first else None)
+                return loaded.image_parts.get((self._images.digest(index), *where), lambda: image_part(index))
+            return image_part(index)  # of a video, too few would stay to be worth their memory
 
         def features():
-            control = raw(images[0]) if len(images) == 1 else sum(map(raw, images)) / len(images)
-            return (fit(control, size, family.pool_first, family.eps),)
+            at = forward.at[row:row + 1]
+            return (control_features(loaded.patcher.model, family, map(kept_image_part, images), at, size),)
 
         def key():
             return tuple(map(self._images.digest, images)), *where, forward.timesteps[row], size

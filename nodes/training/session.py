@@ -60,11 +60,15 @@ class TrainingControl:
             return None
         images, size = self.images.to(forward.device, forward.dtype), halved(forward.size, self.place.halvings)
 
-        def features_of(images: torch.Tensor, together: bool = False) -> torch.Tensor:
-            return control_features(self.module, self.family, images, forward.at, size, together=together)
+        def image_part(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.module.image_part(image, self.family.stem_padding, self.family.stem_pool)
+
+        def features_of(*images: torch.Tensor) -> torch.Tensor:
+            return control_features(self.module, self.family, map(image_part, images), forward.at, size)
+
         if forward.video:  # in the memory of one latent frame
-            groups = [images[list(images_of(frame, self.place.images))] for frame in forward.frames]
-            features = torch.cat([checkpoint(features_of, group, True, use_reentrant=False) for group in groups], 2)
+            groups = [images[list(images_of(frame, self.place.images))].split(1) for frame in forward.frames]
+            features = torch.cat([checkpoint(features_of, *group, use_reentrant=False) for group in groups], 2)
         else:
             features = features_of(images)
         gain, _ = self.family.gains(self.scale if self.module.scale is None else self.module.scale)

@@ -40,7 +40,8 @@ def loss_of_batch(training: Training, zero_convolution: bool = False) -> torch.T
     rows = draw_rows([range(4), range(4, 6)], 2, training.generator)
     noise = torch.randn(2, 4, 4, 4, generator=training.generator)
     sigma = torch.rand(2, generator=training.generator) + 0.1
-    features = control_features(training.module, family, images[rows], sigma, (4, 4), zero_convolution)
+    parts = [training.module.image_part(images[rows], family.stem_padding, family.stem_pool)]
+    features = control_features(training.module, family, parts, sigma, (4, 4), zero_convolution)
     x = latents[rows] + sigma[:, None, None, None] * noise
     gain = 1.0 if training.module.scale is None else training.module.scale
     out = denoiser(x, training.differences["after"], lambda h: add_features(h, features, gain, zero_convolution))
@@ -55,8 +56,8 @@ def small_training(ema: float = 0.0, zero_convolution: bool = False, scale: floa
 
 def test_a_zero_convolution_starts_as_the_denoiser_alone_and_learns():
     training = small_training(zero_convolution=True)
-    h, image = torch.randn(1, 12, 4, 4), torch.rand(1, 3, 32, 32)
-    features = control_features(training.module, FAMILIES["sdxl"], image, torch.ones(1), (4, 4), True)
+    h, parts = torch.randn(1, 12, 4, 4), [training.module.image_part(torch.rand(1, 3, 32, 32), 1, False)]
+    features = control_features(training.module, FAMILIES["sdxl"], parts, torch.ones(1), (4, 4), True)
     assert torch.equal(add_features(h, features, 1.0, True), h)
     one_step(training, True)
     assert training.module.mid_convs[1].weight.any()
