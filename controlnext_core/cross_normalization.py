@@ -1,9 +1,16 @@
-"""Cross normalization (paper, section 3.3): bring control features to the denoiser's statistics, then add them.
+"""Cross normalization: bring control features c to the statistics of the denoiser's features h, then add them.
+
+The authors' code (ControlNeXt-SD1.5-Training/models/unet.py of github.com/dvlab-research/ControlNeXt) computes
 
     c' = (c - mean(c)) * std(h) / (std(c) + eps) + mean(h);    h <- h + c' * weight
 
-Means and unbiased deviations are per sample over (C, H, W), in float32. The first factor does not depend on ``h``, so
-``standardize`` computes it once and ``add_controls`` only scales, shifts and adds.
+and the paper (arXiv 2408.06070, section 3.3) writes
+
+    c' = (c - mean(h)) / sqrt(std(h)^2 + eps) * gamma;         h <- h + c'
+
+Here it is the code's formula, since the published weights were trained with it. Its means and unbiased stds are per
+sample over (C, H, W). The first factor does not depend on ``h``, so ``standardize`` computes it once and
+``add_controls`` only scales, shifts and adds.
 """
 
 import torch
@@ -12,7 +19,7 @@ import torch.nn.functional as F
 
 def standardize(control: torch.Tensor, eps: float) -> torch.Tensor:
     """(c - mean(c)) / (std(c) + eps) of control features (N, C, H, W), in their own dtype."""
-    wide = control.float()
+    wide = control.float()  # what is subtracted and divided by needs more digits than half precision has
     std, mean = torch.std_mean(wide, dim=(1, 2, 3), keepdim=True)
     return ((wide - mean) / (std + eps)).to(control.dtype)
 
@@ -54,8 +61,8 @@ def add_controls(h: torch.Tensor, controls: list[tuple[torch.Tensor, torch.Tenso
         A new (B, C, H, W) tensor; where a weight is 0 the value of ``h`` is kept.
     """
     halves = controls[0][1].shape[0]
-    std, mean = torch.std_mean(h.float(), dim=(1, 2, 3), keepdim=True)
-    std, mean = (s.to(h.dtype).unflatten(0, (halves, -1)) for s in (std, mean))
+    # torch accumulates them in float32 or more, whatever the dtype of h
+    std, mean = (value.unflatten(0, (halves, -1)) for value in torch.std_mean(h, dim=(1, 2, 3), keepdim=True))
     out = h.unflatten(0, (halves, -1))
     for features, weight in controls:
         features = pool(features, h.shape[-2:])

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from controlnext_core.cross_normalization import add_controls, fit, standardize
+from controlnext_core.cross_normalization import add_controls, add_to_tokens, fit, standardize
 
 
 def random(*shape, seed=0, scale=1.0, shift=0.0):
@@ -32,7 +33,7 @@ def test_equals_the_references_order_of_pooling_and_normalizing(pool_first, eps,
     assert torch.allclose(out, h + 0.7 * reference(h, c, eps, pool_first), atol=1e-5)
 
 
-def test_deviation_is_unbiased():
+def test_the_std_is_unbiased():
     c = random(1, 2, 2, 2)
     assert standardize(c, 0.0).std(unbiased=True).item() == pytest.approx(1.0, abs=1e-6)
 
@@ -81,3 +82,50 @@ def test_features_of_another_size_are_pooled_to_the_denoisers():
     out = add_controls(h, [(features[None], torch.ones(1, 1, 1, 1, 1))])
     pooled = F.adaptive_avg_pool2d(features, (4, 4))
     assert torch.allclose(out, h + pooled * h.std() + h.mean(), atol=1e-5)
+
+
+class Dtypes(TorchDispatchMode):
+    """Lists the dtype of everything that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.found += [tensor.dtype for tensor in (result if isinstance(result, tuple) else (result,))]
+        return result
+
+
+def controlled(h, c, weight, tokens: bool):
+    """``add_controls``, or the same by way of tokens."""
+    if not tokens:
+        return add_controls(h, [(c, weight)])
+    out = add_to_tokens(h.flatten(2).transpose(1, 2), [(c, weight)])
+    return out.transpose(1, 2).unflatten(2, h.shape[-2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (3.0, 100.0), (0.01, 0.0), (20.0, 1000.0)])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_in_half_precision_control_is_exact_to_its_rounding(dtype, scale, shift, tokens):
+    h = random(2, 320, 64, 64, seed=1, scale=scale, shift=shift).to(dtype)
+    c = random(1, 1, 320, 64, 64, seed=2).to(dtype)
+    weight = torch.tensor([0.7, 1.0], dtype=dtype).reshape(2, 1, 1, 1, 1)
+    out = controlled(h, c, weight, tokens)
+    assert out.dtype == dtype
+
+    wide, weight = h.float(), weight[:, 0].float()
+    std, mean = torch.std_mean(wide, dim=(1, 2, 3), keepdim=True)
+    parts = wide, c[0].float() * std * weight, mean * weight
+    # smaller numbers than the smallest normal one are rounded as that is
+    rounding = torch.finfo(dtype).eps * (sum(part.abs() for part in parts) + torch.finfo(dtype).tiny)
+    assert ((out.float() - sum(parts)).abs() <= 2 * rounding).all()
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_in_half_precision_nothing_is_copied_to_float32(tokens):
+    h, c, weight = (random(*shape).half() for shape in ((2, 8, 4, 4), (1, 1, 8, 4, 4), (2, 1, 1, 1, 1)))
+    with Dtypes() as dtypes:
+        controlled(h, c, weight, tokens)
+    assert set(dtypes.found) == {torch.float16}
