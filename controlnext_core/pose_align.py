@@ -7,6 +7,7 @@ from .pose_keypoints import BODY, Frame
 # OpenPose's body joints without elbows and wrists, which move too freely to measure a body by.
 FIT_JOINTS = np.array([0, 1, 2, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17])
 REFERENCE_SCORE = 0.3
+SAME_HEIGHT = 1e-6  # as a fraction of the canvas
 
 
 def fit_pose(frames: list[Frame], reference: Frame) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +44,7 @@ def fit_pose(frames: list[Frame], reference: Frame) -> tuple[np.ndarray, np.ndar
     moving, fixed = np.concatenate(singles), np.tile(body[joints], (len(singles), 1))
     found = moving.any(axis=1)
     (x, y, _), (x_reference, y_reference, _) = moving[found].T, fixed[found].T
-    if np.unique(y).size < 2 or np.unique(y_reference).size < 2:
+    if not found.any() or min(np.ptp(y), np.ptp(y_reference)) < SAME_HEIGHT:
         raise ValueError(
             "keypoints and reference share too few body joints to compare heights: "
             "use a reference picture that shows the part of the body that the video shows."

@@ -122,6 +122,13 @@ def test_a_video_without_a_frame_of_exactly_one_person_is_an_error(rng):
         fit_pose(frames, Frame(*TALL, [random_person(rng)]))
 
 
+def test_joints_at_one_height_are_an_error_and_no_warning(rng):
+    person, reference = random_person(rng), random_person(rng)
+    person[BODY][:, 1] = 0.5 + np.arange(18) * 1e-12
+    with pytest.raises(ValueError, match="share too few body joints"):
+        fit_pose([Frame(*WIDE, [person])], Frame(*TALL, [reference]))
+
+
 def test_bodies_that_share_less_than_two_joints_are_an_error(rng):
     person, reference = random_person(rng), random_person(rng)
     person[BODY][2:] = 0

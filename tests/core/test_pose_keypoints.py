@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -7,8 +8,10 @@ import pytest
 from controlnext_core.pose_keypoints import (
     BODY,
     FACE,
+    FACE_LANDMARKS,
     LEFT_HAND,
     POINT_COUNTS,
+    RIGHT_HAND,
     read_pose_keypoints,
     write_pose_keypoints,
 )
@@ -19,14 +22,23 @@ def pixel_frames(goldens):
     return json.loads((goldens.folder / "pose" / "one_person_576x1024.json").read_text())
 
 
-def as_fractions(frames):
+def as_fractions(frames, *parts):
+    """The frames with these parts of everybody, or all, in fractions of the canvas."""
     frames = copy.deepcopy(frames)
     for frame in frames:
         for person in frame["people"]:
-            for part, numbers in person.items():
-                points = np.reshape(numbers, (-1, 3)) / (frame["canvas_width"], frame["canvas_height"], 1)
+            for part in parts or person:
+                points = np.reshape(person[part], (-1, 3)) / (frame["canvas_width"], frame["canvas_height"], 1)
                 person[part] = points.ravel().tolist()
     return frames
+
+
+def read_person(size=(100, 200), **parts):
+    """The one person of a frame with these body, face, left_hand, right_hand."""
+    names = {"body": BODY, "face": FACE, "left_hand": LEFT_HAND, "right_hand": RIGHT_HAND}
+    frame = dict(zip(("canvas_width", "canvas_height"), size, strict=True))
+    frame["people"] = [{names[part]: numbers for part, numbers in parts.items()}]
+    return read_pose_keypoints([frame], "keypoints")[0].people[0]
 
 
 def body(*points):
@@ -80,12 +92,96 @@ def test_hand_written_integers_and_a_single_frame_without_a_list_are_read():
     assert read_pose_keypoints(frame, "keypoints")[0].people[0][BODY][0].tolist() == [0.5, 0.25, 1.0]
 
 
-@pytest.mark.parametrize("x", [0, -1])
-def test_a_point_of_score_0_at_the_origin_or_before_was_not_found(x):
-    frame = {"canvas_width": 9, "canvas_height": 9, "people": [{BODY: body((0, 5, 5, 1), (1, x, x, 0), (2, 4, 4, 0))}]}
-    points = read_pose_keypoints([frame], "keypoints")[0].people[0][BODY]
-    assert not points[1].any()
-    assert points[2].any()
+MARKS = [(0, 0, 0), (-1, -1, 0), (40, 50, 0), (40, 50, -0.2), (0, 0, 1), (-1, -1, 0.8), (-1, 50, 1), (40, -1, 1)]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("part", [BODY, FACE, LEFT_HAND])
+def test_a_point_without_a_score_or_a_place_was_not_found(pixel_frames, part, mark):
+    expected = read_pose_keypoints(pixel_frames, "keypoints")[0].people[0][part]
+    for index in (0, 7):
+        pixel_frames[0]["people"][0][part][3 * index : 3 * index + 3] = mark
+        expected[index] = 0
+    points = read_pose_keypoints(pixel_frames, "keypoints")[0].people[0][part]
+    np.testing.assert_array_equal(points[:FACE_LANDMARKS], expected[:FACE_LANDMARKS])
+
+
+@pytest.mark.parametrize("detected_on", [(570, 1000), (576, 1024)], ids=["canvas", "padded to 64s of pixels"])
+@pytest.mark.parametrize("one_of_two", [False, True])
+def test_openposes_marks_of_what_it_did_not_find_are_no_places(pixel_frames, detected_on, one_of_two):
+    pixel_frames[0] |= {"canvas_width": 570, "canvas_height": 1000}
+    mark = [-1 / np.float32(detected_on[0]), 0.5 if one_of_two else -1 / np.float32(detected_on[1]), 1.0]
+    frames = as_fractions(pixel_frames)
+    person = frames[0]["people"][0]
+    person[LEFT_HAND] = mark * 21
+    person[RIGHT_HAND][:15], person[FACE][:3] = mark * 5, mark
+    expected = read_pose_keypoints(pixel_frames, "keypoints")[0].people[0]
+    read = read_pose_keypoints(frames, "keypoints")[0].people[0]
+    assert not read[LEFT_HAND].any() and not read[RIGHT_HAND][:5].any() and not read[FACE][0].any()
+    np.testing.assert_allclose(read[RIGHT_HAND][5:], expected[RIGHT_HAND][5:])
+    np.testing.assert_allclose(read[FACE][1:], expected[FACE][1:])
+
+
+def test_points_given_one_by_one_may_be_none_or_empty():
+    points = [None, [], *[[10 + x, 20, 1] for x in range(18)], [50, None, 1]]
+    hand = read_person(left_hand=points)[LEFT_HAND]
+    assert not hand[[0, 1, 20]].any() and hand[2:20].all()
+    assert not read_person(body=body((0, 5, 5, 1)), left_hand=[None] * 21)[LEFT_HAND].any()
+
+
+def test_a_neck_between_shoulders_keeps_its_place_without_a_score_and_no_other_neck():
+    shoulders = (2, 30, 50, 0.2), (5, 70, 60, 0.2)
+    assert read_person(body=body((1, 50, 55, 0), *shoulders))[BODY][1].tolist() == [0.5, 0.275, 0]
+    assert not read_person(body=body((1, 50, 56, 0), *shoulders))[BODY][1].any()
+    assert not read_person(body=body((1, 14.5, 24.5, 0), (2, -1, -1, 0), (5, 30, 50, 0.2)))[BODY][1].any()
+
+
+@pytest.mark.parametrize("parts", [(BODY,), (LEFT_HAND, FACE), (RIGHT_HAND,)])
+def test_each_part_of_a_person_is_in_pixels_or_fractions_for_itself(pixel_frames, parts):
+    expected = read_pose_keypoints(pixel_frames, "keypoints")[0].people[0]
+    read = read_pose_keypoints(as_fractions(pixel_frames, *parts), "keypoints")[0].people[0]
+    for part in POINT_COUNTS:
+        np.testing.assert_allclose(read[part], expected[part], atol=1e-12)
+
+
+def test_people_and_frames_of_one_sequence_may_differ_in_their_unit(pixel_frames):
+    people = [frame["people"][0] for frame in (*pixel_frames, *as_fractions(pixel_frames))]
+    frames = [{**pixel_frames[0], "people": people}, *pixel_frames, *as_fractions(pixel_frames)]
+    first, *others = [person for frame in read_pose_keypoints(frames, "keypoints") for person in frame.people]
+    for other in others:
+        np.testing.assert_allclose(other[BODY], first[BODY], atol=1e-12)
+
+
+def test_a_joint_far_outside_the_canvas_makes_fractions_no_pixels():
+    joints = [(joint, 0.2 + joint / 40, 0.5, 1) for joint in range(17)]
+    assert read_person(body=body(*joints, (17, 0.5, 3, 1)))[BODY][17].tolist() == [0.5, 3, 1]
+
+
+def test_a_part_too_small_to_tell_its_unit_is_in_that_of_the_same_part_or_in_what_it_can_only_be(pixel_frames):
+    fractions = as_fractions(pixel_frames, LEFT_HAND)
+    lone = {**pixel_frames[0], "people": [{LEFT_HAND: [0.4, 0.5, 1] + [0, 0, 0] * 20, BODY: body((0, 200, 200, 1))}]}
+    for frames in ([lone], [*fractions, lone]):
+        assert read_pose_keypoints(frames, "keypoints")[-1].people[0][LEFT_HAND][0].tolist() == [0.4, 0.5, 1]
+    assert read_person(body=body((0, 50, 50, 1)), face=[1, 1, 1] + [0, 0, 0] * 67)[FACE][0].tolist() == [0.01, 0.005, 1]
+
+
+@pytest.mark.parametrize("count", [1, 56, 67, 69, 71])
+def test_a_face_that_lacks_points_keeps_the_others_in_their_order(count):
+    points = np.column_stack([np.arange(count) + 5, np.full(count, 20), np.ones(count)])
+    face = read_person(face=points.ravel().tolist())[FACE]
+    assert face.shape == (70, 3)
+    np.testing.assert_allclose(face[:count, 0] * 100, points[:70, 0])
+    assert not face[count:].any()
+
+
+@pytest.mark.parametrize("numbers", [3 * 106, 2 * 68, 3 * 478])
+def test_a_face_that_is_none_of_openposes_is_left_out_with_one_line_in_the_log(caplog, numbers):
+    canvas = {"canvas_width": 100, "canvas_height": 100}
+    frames = [{**canvas, "people": [{BODY: body((0, 5, 5, 1)), FACE: [20.0] * numbers}]}] * 3
+    read = read_pose_keypoints(frames, "keypoints")
+    assert not any(frame.people[0][FACE].any() for frame in read) and read[0].people[0][BODY].any()
+    (line,) = caplog.messages
+    assert re.match("ControlNeXt: keypoints: 3 of 3 faces are left out", line)
 
 
 def test_a_person_without_any_point_is_not_there():
@@ -154,3 +250,26 @@ def test_what_is_no_pose_keypoint_is_an_error_that_says_where_and_what(words):
         frames |= {"canvas_width": 9, "canvas_height": 9}
     with pytest.raises(ValueError, match=f"^{words}.*: connect the keypoints of a pose estimation node.$"):
         read_pose_keypoints(frames, "keypoints")
+
+
+OTHER_KINDS = {
+    "frame 0 holds ['animals'] and no people": {"version": "ap10k", "animals": [[[5, 5, 1]] * 17]},
+    "frame 0 holds ['animals', 'people'] and no people": {"animals": [[[5, 5, 1]] * 17], "people": []},
+    "frame 0 holds ['bodies', 'hands', 'faces'] and no people": {"bodies": {}, "hands": [], "faces": []},
+    "frame 0 holds ['pose_keypoints_2d'] and no people": {BODY: [1.0] * 54},
+    "frame 0, person 0 holds ['keypoints'] and no pose_keypoints_2d, face or hands": {"people": [{"keypoints": [1]}]},
+}
+
+
+@pytest.mark.parametrize("words", OTHER_KINDS)
+def test_poses_of_another_kind_are_an_error_that_says_what_is_there(words):
+    frame = {**OTHER_KINDS[words], "canvas_width": 9, "canvas_height": 9}
+    with pytest.raises(ValueError, match=f"^keypoints, {re.escape(words)}: connect the keypoints of a node that finds"):
+        read_pose_keypoints([frame], "keypoints")
+
+
+def test_a_frame_that_names_neither_people_nor_other_data_and_one_with_both_are_read():
+    canvas = {"canvas_width": 9, "canvas_height": 9}
+    both = {**canvas, "version": "ap10k", "people": [{LEFT_HAND: [5, 5, 1] * 21}], "animals": [[[5, 5, 1]] * 17]}
+    frames = read_pose_keypoints([{**canvas, "version": 1.3}, both], "keypoints")
+    assert [len(frame.people) for frame in frames] == [0, 1]
