@@ -6,7 +6,7 @@ import math
 import cv2
 import numpy as np
 
-from .pose_keypoints import BODY, FACE, FACE_LANDMARKS, LEFT_HAND, RIGHT_HAND, Frame
+from .pose_keypoints import BODY, FACE, FACE_LANDMARKS, LEFT_HAND, RIGHT_HAND, Frame, read_pixels
 
 COLORS = ("controlnext", "openpose")
 
@@ -26,6 +26,8 @@ HAND_EDGES = [
 ]
 
 MIN_SCORE = 0.3
+STICK_WIDTH = 4  # half the width of limbs and the radius of joints, in pixels, as trained
+WIDEST_STICK = 100
 LIMB_DIMMING = 0.6
 # The reference draws in fixed line widths on a canvas with this short side, then scales the picture down.
 DRAWING_SIZE = 2160
@@ -40,6 +42,7 @@ def draw_pose(
     draw_body: bool = True,
     draw_hands: bool = True,
     draw_face: bool = True,
+    stick_width: int = STICK_WIDTH,
 ) -> np.ndarray:
     """The people of one frame on black, stretched to width and height.
 
@@ -50,10 +53,22 @@ def draw_pose(
     Args:
         frame: coordinates in fractions of the canvas.
         colors: one of COLORS.
+        stick_width: half the width of limbs and the radius of joints in pixels, 1 to WIDEST_STICK: of the picture in
+            ``openpose``, of a picture with a short side of DRAWING_SIZE in ``controlnext``.
 
     Returns:
         (height, width, 3) uint8 RGB.
+
+    Raises:
+        ValueError: another ``colors`` or ``stick_width``.
     """
+    if colors not in COLORS:
+        raise ValueError(f"colors is {str(colors)[:20]!r} where one of {', '.join(COLORS)} is expected.")
+    stick_width = read_pixels(
+        stick_width, "stick_width", range(1, WIDEST_STICK + 1),
+        f"1 to {WIDEST_STICK} pixels are expected: {STICK_WIDTH} draws as trained",
+    )
+
     usual_look = colors == "openpose"
     people = frame.people
     if usual_look:
@@ -62,7 +77,7 @@ def draw_pose(
     canvas = np.zeros((int(height * scale), int(width * scale), 3), dtype=np.uint8)
 
     if draw_body:
-        _draw_bodies(canvas, [person[BODY] for person in people])
+        _draw_bodies(canvas, [person[BODY] for person in people], stick_width)
     if draw_hands:
         for hand in [person[part] for part in (LEFT_HAND, RIGHT_HAND) for person in people]:
             _draw_hand(canvas, hand)
@@ -87,7 +102,7 @@ def _pixels(canvas: np.ndarray, points: np.ndarray) -> list[list[int]]:
     return (points[:, :2] * (width, height)).astype(int).tolist()
 
 
-def _draw_bodies(canvas: np.ndarray, bodies: list[np.ndarray]) -> None:
+def _draw_bodies(canvas: np.ndarray, bodies: list[np.ndarray], stick_width: int) -> None:
     height, width = canvas.shape[:2]
     # The same limb of all people before the next limb: what lies on top depends on it.
     for (a, b), color in zip(LIMBS, LIMB_COLORS, strict=True):
@@ -100,13 +115,14 @@ def _draw_bodies(canvas: np.ndarray, bodies: list[np.ndarray]) -> None:
             angle = int(math.degrees(math.atan2(ya - yb, xa - xb)))
             # The reference dims the canvas after its limbs; the same pixels come of dimming their colours.
             dimmed = [int(min(255, int(c * (score_a * score_b))) * LIMB_DIMMING) for c in color]
-            cv2.fillConvexPoly(canvas, cv2.ellipse2Poly(center, (half_length, 4), angle, 0, 360, 1), dimmed)
+            cv2.fillConvexPoly(canvas, cv2.ellipse2Poly(center, (half_length, stick_width), angle, 0, 360, 1), dimmed)
 
     for joint, color in enumerate(JOINT_COLORS):
         for body in bodies:
             score = float(body[joint, 2])
             if score > MIN_SCORE:
-                cv2.circle(canvas, *_pixels(canvas, body[[joint]]), 4, [int(c * score) for c in color], thickness=-1)
+                (center,) = _pixels(canvas, body[[joint]])
+                cv2.circle(canvas, center, stick_width, [int(c * score) for c in color], thickness=-1)
 
 
 def _draw_hand(canvas: np.ndarray, hand: np.ndarray) -> None:

@@ -1,13 +1,17 @@
 """ControlNeXt Draw Pose."""
 
+import math
+
 import torch
-from comfy.model_management import intermediate_device, throw_exception_if_processing_interrupted
+from comfy.model_management import get_free_memory, intermediate_device, throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
-from ..controlnext_core.pose_draw import COLORS, draw_pose
-from ..controlnext_core.pose_keypoints import read_pose_keypoints
+from ..controlnext_core.pose_draw import COLORS, STICK_WIDTH, WIDEST_STICK, draw_pose
+from ..controlnext_core.pose_keypoints import LARGEST_CANVAS, read_pixels, read_pose_keypoints
 from .inputs import PoseKeypoint
+
+EXPECTED_SIDE = f"0 to {LARGEST_CANVAS} pixels are expected: 0 takes that of the keypoints' canvas"
 
 
 class ControlNeXtDrawPose(io.ComfyNode):
@@ -25,10 +29,18 @@ class ControlNeXtDrawPose(io.ComfyNode):
                     tooltip="Poses from ControlNeXt Align Pose, SDPose Keypoint Extractor or a DWPose node.",
                 ),
                 io.Int.Input(
-                    "width", default=0, min=0, max=16384, tooltip="Width of the pictures; 0: the keypoints' canvas."
+                    "width",
+                    default=0,
+                    min=0,
+                    max=LARGEST_CANVAS,
+                    tooltip="Width of the pictures; 0: the keypoints' canvas.",
                 ),
                 io.Int.Input(
-                    "height", default=0, min=0, max=16384, tooltip="Height of the pictures; 0: the keypoints' canvas."
+                    "height",
+                    default=0,
+                    min=0,
+                    max=LARGEST_CANVAS,
+                    tooltip="Height of the pictures; 0: the keypoints' canvas.",
                 ),
                 io.Boolean.Input("draw_body", default=True, advanced=True, tooltip="Draw trunk, limbs and head."),
                 io.Boolean.Input("draw_hands", default=True, advanced=True, tooltip="Draw both hands."),
@@ -42,21 +54,58 @@ class ControlNeXtDrawPose(io.ComfyNode):
                         "openpose: the usual OpenPose look, for other models."
                     ),
                 ),
+                io.Int.Input(
+                    "stick_width",
+                    default=STICK_WIDTH,
+                    min=1,
+                    max=WIDEST_STICK,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Thickness of limbs and joints; 4 is as the models were trained. xinsir's ControlNets want "
+                        "openpose with 8 for a long side of 500 pixels or more, 12 for 1000 or more."
+                    ),
+                ),
             ],
             outputs=[io.Image.Output("image", tooltip="One picture per frame, on black.")],
         )
 
     @classmethod
     def execute(
-        cls, keypoints, width=0, height=0, draw_body=True, draw_hands=True, draw_face=True, colors="controlnext"
+        cls,
+        keypoints,
+        width=0,
+        height=0,
+        draw_body=True,
+        draw_hands=True,
+        draw_face=True,
+        colors="controlnext",
+        stick_width=STICK_WIDTH,
     ) -> io.NodeOutput:
+        width = read_pixels(width, "width", range(LARGEST_CANVAS + 1), EXPECTED_SIDE)
+        height = read_pixels(height, "height", range(LARGEST_CANVAS + 1), EXPECTED_SIDE)
         frames = read_pose_keypoints(keypoints, "keypoints", canvas=(width, height) if width and height else None)
         width, height = width or frames[0].width, height or frames[0].height
-        images = torch.empty((len(frames), height, width, 3), device=intermediate_device())
+        shape, device = (len(frames), height, width, 3), intermediate_device()
+        if math.prod(shape) * torch.float32.itemsize > get_free_memory(device):
+            raise ValueError(
+                f"keypoints: {len(frames)} pictures of {width}x{height} pixels are more than memory holds: "
+                "set a smaller width and height, or draw fewer frames at a time."
+            )
+        images = torch.empty(shape, device=device)
         progress = ProgressBar(len(frames))
         for image, frame in zip(images, frames, strict=True):
             throw_exception_if_processing_interrupted()
-            picture = draw_pose(frame, width, height, colors, draw_body, draw_hands, draw_face)
+            picture = draw_pose(
+                frame,
+                width,
+                height,
+                colors=colors,
+                draw_body=draw_body,
+                draw_hands=draw_hands,
+                draw_face=draw_face,
+                stick_width=stick_width,
+            )
             image.copy_(torch.from_numpy(picture)).div_(255)
             progress.update(1)
         return io.NodeOutput(images)

@@ -86,6 +86,17 @@ def test_poses_of_dwpose_with_none_hands_and_faces_are_aligned_and_drawn(run):
     assert not image[:, :90, :290].any(), "joints that were not found were drawn"
 
 
+@pytest.mark.parametrize("mark", [(-1, -1, 1), (-1 / 576, -1 / 1024, 1), (0, 0, 1), (90, 90, 0)])
+@pytest.mark.parametrize("part, count", [("hand_left_keypoints_2d", 21), ("hand_right_keypoints_2d", 5), (FACE, 68),
+                                         (FACE, 1)])
+def test_what_was_not_found_is_nowhere_after_aligning(run, golden_pose, golden_align, part, count, mark):
+    def picture(missing):
+        golden_pose[0]["people"][0][part][: 3 * count] = list(missing) * count
+        aligned = run("ControlNeXtAlignPose", keypoints=golden_pose, reference=golden_align["reference"])
+        return run("ControlNeXtDrawPose", keypoints=aligned)
+    assert torch.equal(picture(mark), picture((0, 0, 0)))
+
+
 @pytest.mark.parametrize("width, height, shape", [(0, 0, (480, 640)), (832, 0, (480, 832)), (320, 576, (576, 320))])
 def test_width_and_height_of_0_take_the_keypoints_canvas(run, width, height, shape):
     image = run("ControlNeXtDrawPose", keypoints=[dwpose_frame()], width=width, height=height)
@@ -99,12 +110,32 @@ def test_given_width_and_height_serve_keypoints_without_a_canvas(run):
     assert torch.equal(run("ControlNeXtDrawPose", keypoints=bare, width=640, height=480), drawn)
 
 
+@pytest.mark.parametrize("side", [-1, 16385, 10**9, float("nan"), None, "wide"])
+@pytest.mark.parametrize("name", ["width", "height"])
+def test_a_width_or_height_that_no_picture_has_is_an_error(run, name, side):
+    with pytest.raises(ValueError, match=f"^{name} is '.*' where 0 to 16384 pixels are expected: 0 takes"):
+        run("ControlNeXtDrawPose", keypoints=[dwpose_frame()], **{name: side})
+
+
+def test_pictures_that_memory_cannot_hold_are_an_error_in_one_sentence(run):
+    with pytest.raises(ValueError, match="^keypoints: 2000 pictures of 16384x16384 pixels are more than memory holds"):
+        run("ControlNeXtDrawPose", keypoints=[dwpose_frame()] * 2000, width=16384, height=16384)
+
+
+def test_a_face_of_56_points_is_drawn_as_the_points_it_has(run, golden_pose):
+    person = golden_pose[0]["people"][0]
+    whole = run("ControlNeXtDrawPose", keypoints=golden_pose, draw_body=False, draw_hands=False)
+    del person[FACE][:36]
+    drawn = run("ControlNeXtDrawPose", keypoints=golden_pose, draw_body=False, draw_hands=False)
+    assert 0.5 < drawn.any(dim=3).sum() / whole.any(dim=3).sum() < 1
+
+
 @pytest.fixture
 def sdpose(run, comfy_nodes):
-    """sdpose(keypoints): what ComfyUI's own node draws of them by default, (frames, height, width, 3)."""
+    """sdpose(keypoints, ...): what ComfyUI's own node draws of them by default, (frames, height, width, 3)."""
     inputs = comfy_nodes["SDPoseDrawKeypoints"].INPUT_TYPES()["required"]
     defaults = {name: spec[1]["default"] for name, spec in inputs.items() if name != "keypoints"}
-    return lambda keypoints: run("SDPoseDrawKeypoints", keypoints=keypoints, **defaults)
+    return lambda keypoints, **others: run("SDPoseDrawKeypoints", keypoints=keypoints, **(defaults | others))
 
 
 def test_comfyuis_own_node_draws_aligned_poses(run, sdpose, golden_align):
@@ -119,6 +150,14 @@ def test_the_openpose_look_covers_the_same_pixels_as_comfyuis_own_node(run, sdpo
     ours = run("ControlNeXtDrawPose", keypoints=aligned, colors="openpose").any(dim=3)
     theirs = sdpose(aligned).any(dim=3)
     assert (ours & theirs).sum() / (ours | theirs).sum() > 0.99
+
+
+def test_limbs_are_as_thick_as_those_of_comfyuis_own_node(run, sdpose):
+    frame = dwpose_frame()
+    ours = run("ControlNeXtDrawPose", keypoints=[frame], colors="openpose", stick_width=8).any(dim=3)
+    aligned = run("ControlNeXtAlignPose", keypoints=[frame], reference=[frame], prepend_reference=False)
+    theirs = sdpose(aligned, stick_width=8).any(dim=3)
+    assert (theirs & ~ours).sum() < 0.01 * theirs.sum()
 
 
 def test_fifty_frames_of_576x1024_are_drawn_within_ten_seconds(run, golden_pose):
@@ -150,6 +189,8 @@ def test_the_nodes_keep_their_contract(comfy_nodes):
     assert list(inputs) == ["keypoints", "width", "height", *parts, "colors"]
     assert all(inputs[part][0] == "BOOLEAN" and inputs[part][1]["default"] is True for part in parts)
     assert inputs["colors"][1]["options"] == ["controlnext", "openpose"]
+    (optional,) = draw.INPUT_TYPES()["optional"].items()
+    assert (optional[0], optional[1][0], optional[1][1]["default"]) == ("stick_width", "INT", 4)
     assert (align.RETURN_TYPES, draw.RETURN_TYPES) == (["POSE_KEYPOINT"], ["IMAGE"])
     assert (align.RETURN_NAMES, draw.RETURN_NAMES) == (["keypoints"], ["image"])
     assert {align.CATEGORY, draw.CATEGORY} == {"ControlNeXt"}

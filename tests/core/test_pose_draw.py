@@ -113,3 +113,33 @@ def test_a_strip_one_pixel_wide_is_drawn_in_little_memory():
     figure = person(body=[(1, 0.5, 0.1, 1), (8, 0.5, 0.9, 1)])
     picture = draw_pose(Frame(100, 100, [figure]), 1, 16384)
     assert picture.shape == (16384, 1, 3) and picture.any()
+
+
+def lit(line):
+    return int(np.count_nonzero(line.any(axis=1)))
+
+
+def test_stick_width_is_half_the_thickness_of_limbs_and_joints_in_pixels_of_the_openpose_look():
+    figure = person(body=[(1, 0.2, 0.5, 1), (2, 0.8, 0.5, 1), (17, 0.5, 0.9, 1)], left_hand=[(0, 0.1, 0.1, 1)])
+    for width in (4, 12):
+        picture = draw(figure, colors="openpose", stick_width=width)
+        assert lit(picture[400:700, 540]) == 2 * width + 1  # the middle of the limb
+        assert lit(picture[800:, 540]) == 2 * width + 1  # a joint
+        assert lit(picture[:200, 108]) == 9  # hands keep their width
+
+
+def test_stick_width_grows_with_the_picture_in_the_trained_look():
+    figure = person(body=[(1, 0.2, 0.5, 1), (2, 0.8, 0.5, 1)])
+    assert [lit(draw(figure, stick_width=width)[:, 540]) for width in (4, 12)] == [5, 13]
+    assert np.array_equal(draw(figure, stick_width=4), draw(figure))
+
+
+@pytest.mark.parametrize("stick_width", [0, 101, -1, 10**9, float("nan"), None, "wide"])
+def test_a_stick_width_that_cannot_be_drawn_is_an_error(stick_width):
+    with pytest.raises(ValueError, match="^stick_width is '.*' where 1 to 100 pixels are expected: 4 draws as trained"):
+        draw(stick_width=stick_width)
+
+
+def test_other_colors_are_an_error_that_lists_the_choices():
+    with pytest.raises(ValueError, match="^colors is 'red' where one of controlnext, openpose is expected.$"):
+        draw(colors="red")
