@@ -75,9 +75,9 @@ def people_are_something_else(frames, draw):
     some_frame(frames, draw)["people"] = draw.choice(THINGS)
 
 
-def there_are_50_people(frames, draw):
+def there_are_12_people(frames, draw):
     frame = some_frame(frames, draw)
-    frame["people"] = some_list(frame.get("people"))[:1] * 50
+    frame["people"] = some_list(frame.get("people"))[:1] * 12
 
 
 def there_is_nobody(frames, draw):
@@ -110,24 +110,60 @@ def these_are_fractions(frames, draw):
                                 for number in some_list(person.get(part))]
 
 
+def points_are_entries(frames, draw):
+    person, part = some_part(frames, draw)
+    numbers = person[part]
+    person[part] = [draw.choice((numbers[i:i + 3], numbers[i:i + 3], None, [])) for i in range(0, len(numbers), 3)]
+
+
+def entries(value) -> list[tuple]:
+    """(holder, key) of all that a nested value holds."""
+    keys = {dict: list, list: lambda items: range(len(items))}.get(type(value), lambda _: ())(value)
+    return [found for key in keys for found in ((value, key), *entries(value[key]))]
+
+
+def an_entry_is_something_else(frames, draw):
+    holder, key = draw.choice(entries(frames))
+    fate = draw.choice(("gone", "renamed", "cut", "other"))
+    if fate == "other" or not isinstance(holder[key], list):
+        holder[key] = draw.choice(THINGS)
+    elif fate == "cut":
+        del holder[key][draw.randrange(len(holder[key]) + 1):]
+    else:
+        value = holder.pop(key)
+        if fate == "renamed" and isinstance(holder, dict):
+            holder[draw.choice((*PARTS, "animals", "people", "x"))] = value
+
+
 FAULTS = (a_number_is_another, all_coordinates_are_one, it_is_scaled, a_part_has_another_count,
           a_part_is_something_else, a_part_is_missing, a_person_is_something_else, people_are_something_else,
-          there_are_50_people, there_is_nobody, the_canvas_is_another, the_canvas_is_missing,
-          a_frame_is_something_else, these_are_fractions)
+          there_are_12_people, there_is_nobody, the_canvas_is_another, the_canvas_is_missing,
+          a_frame_is_something_else, these_are_fractions, points_are_entries, an_entry_is_something_else)
 
 
 @pytest.fixture(scope="module")
-def whole(goldens) -> list:
-    """Two frames of a person, with floats as the pose nodes give them."""
-    frames = json.loads((goldens.folder / "pose" / "one_person_576x1024.json").read_text()) * 2
-    return json.loads(json.dumps(frames), parse_int=float)
+def forms(goldens) -> list[list]:
+    """Two frames of a person as SDPose, DWPose and OpenPose nodes give them."""
+    (frame,) = json.loads((goldens.folder / "pose" / "one_person_576x1024.json").read_text(), parse_int=float)
+    scored = {part: np.reshape(numbers, (-1, 3)) for part, numbers in frame["people"][0].items()}
+    found = {part: points[:, 2:] >= 0.3 for part, points in scored.items()}
+    sure = {part: found[part] * (points * (1, 1, 0) + (0, 0, 1)) for part, points in scored.items()}
+    fractions = {part: points / (576, 1024, 1) for part, points in sure.items()}
+
+    body, _, face, *hands = PARTS
+    sure[face] = sure[face][:0]
+    fractions[face] = fractions[face][found[face][:, 0]]
+    for hand in hands:
+        fractions[hand][~found[hand][:, 0]] = -1 / 576, -1 / 1024, 1
+    people = [{part: points.ravel().tolist() for part, points in parts.items()} for parts in (scored, sure, fractions)]
+    return [[{**frame, "people": [person]}] * 2 for person in people]
 
 
-def malformed(whole: list, draw: random.Random):
-    """The frames with a fault or two; every tenth is something else altogether."""
+def malformed(forms: list[list], draw: random.Random):
+    """The frames of one form with a fault or two; every tenth is something else altogether."""
     if draw.random() < 0.1:
         return draw.choice(THINGS)
-    frames = json.loads(json.dumps(whole))
+    frames = json.loads(json.dumps(draw.choice(forms)))
     for fault in draw.choices(FAULTS, k=draw.choice((1, 1, 1, 2))):
         fault(frames, draw)
     return draw.choice((frames, frames, frames, tuple(frames), frames[0]))
@@ -135,11 +171,11 @@ def malformed(whole: list, draw: random.Random):
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("seed", range(100))
-def test_malformed_keypoints_are_drawn_and_aligned_or_refused_in_one_sentence(run, whole, seed):
+def test_malformed_keypoints_are_drawn_and_aligned_or_refused_in_one_sentence(run, forms, seed):
     draw = random.Random(seed)
-    keypoints = malformed(whole, draw)
-    width, height = draw.choice(((0, 0), (64, 48), (1, 16384), (64, 0)))
-    colors = draw.choice(("controlnext", "openpose"))
+    keypoints, whole = malformed(forms, draw), forms[0][:1]
+    width, height = draw.choice(((0, 0), (64, 48), (1, 4096), (320, 0)))
+    colors = draw.choice(("controlnext", "openpose", "openpose"))
     jobs = {"keypoints": lambda: [run("ControlNeXtDrawPose", keypoints=keypoints, width=width, height=height,
                                       colors=colors)]}
     for name, inputs in (("keypoints", (keypoints, whole)), ("reference", (whole, keypoints))):
