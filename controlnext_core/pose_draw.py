@@ -62,7 +62,7 @@ def draw_pose(
     Raises:
         ValueError: another ``colors`` or ``stick_width``.
     """
-    if colors not in COLORS:
+    if str(colors) not in COLORS:
         raise ValueError(f"colors is {str(colors)[:20]!r} where one of {', '.join(COLORS)} is expected.")
     stick_width = read_pixels(
         stick_width, "stick_width", range(1, WIDEST_STICK + 1),

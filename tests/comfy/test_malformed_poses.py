@@ -16,6 +16,7 @@ THINGS = (None, 0, 1.5, float("nan"), True, "", "text", b"bytes", [], {}, [[]], 
           object(), np.zeros(0), np.ones((3, 4)), torch.ones(54), (1, 2, 3))
 SIDES = (0, 1, 64, 0.5, 640.7, -480, 16385, 10 ** 9, 1e300, 10 ** 400, float("nan"), float("inf"), None, True,
          "512", "x", [], {}, np.int64(512), np.ones(2))
+INPUTS = ("keypoints", "reference", "width", "height", "colors", "stick_width")
 
 
 def some_part(frames: list, draw: random.Random) -> tuple[dict, str]:
@@ -175,9 +176,10 @@ def test_malformed_keypoints_are_drawn_and_aligned_or_refused_in_one_sentence(ru
     draw = random.Random(seed)
     keypoints, whole = malformed(forms, draw), forms[0][:1]
     width, height = draw.choice(((0, 0), (64, 48), (1, 4096), (320, 0)))
-    colors = draw.choice(("controlnext", "openpose", "openpose"))
-    jobs = {"keypoints": lambda: [run("ControlNeXtDrawPose", keypoints=keypoints, width=width, height=height,
-                                      colors=colors)]}
+    settings = {"width": width, "height": height, "colors": draw.choice(("controlnext", "openpose", "openpose"))}
+    if draw.random() < 0.2:
+        settings[draw.choice(INPUTS[2:])] = draw.choice(SIDES)
+    jobs = {"keypoints": lambda: [run("ControlNeXtDrawPose", keypoints=keypoints, **settings)]}
     for name, inputs in (("keypoints", (keypoints, whole)), ("reference", (whole, keypoints))):
         def align(inputs=inputs):
             aligned = run("ControlNeXtAlignPose", keypoints=inputs[0], reference=inputs[1])
@@ -187,6 +189,6 @@ def test_malformed_keypoints_are_drawn_and_aligned_or_refused_in_one_sentence(ru
         try:
             (images,) = job()
         except ValueError as error:
-            assert re.fullmatch(r"(keypoints|reference)[ ,:].{10,250}\.", str(error)), repr(error)
+            assert re.fullmatch(rf"({'|'.join(INPUTS)})[ ,:].{{10,250}}\.", str(error)), repr(error)
             continue
         assert images.ndim == 4 and ((images >= 0) & (images <= 1)).all()
