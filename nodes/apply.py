@@ -3,14 +3,20 @@
 import torch
 from comfy_api.latest import io
 
-from .inputs import apply_to_input, inject_at_input
+from .inputs import (
+    apply_to_input,
+    inject_at_input,
+    inputs_over_time,
+    mask_input,
+    resize_input,
+    window_reference_input,
+)
 from .preview import node_id, show_strength, show_text
-from .runtime.control import control_image
+from .runtime.images import checked_mask, control_image
 from .runtime.loaded import ControlNeXt, ControlNeXtType
 from .runtime.resolve import FEW_BITS, computes_in_few_bits, model_of, resolve
 from .runtime.run import add_settings
 from .runtime.settings import Settings
-from .runtime.strength_over_time import CurveInput
 
 
 class ControlNeXtApply(io.ComfyNode):
@@ -35,15 +41,12 @@ class ControlNeXtApply(io.ComfyNode):
                                tooltip="When control begins: 0 is the first step of the sampling, 1 the last."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
                                tooltip="When control ends: 1 keeps it to the last step."),
-                io.Mask.Input("mask", optional=True, tooltip="Where control acts: white fully, black not at all."),
+                mask_input(),
                 inject_at_input(),
                 apply_to_input(),
-                io.Combo.Input("window_reference", options=["auto", "on", "off"], default="auto", optional=True,
-                               advanced=True,
-                               tooltip="Long videos in context windows: lets the first control image, the pose of the "
-                                       "picture that is animated, control the first frame of every window. auto is how "
-                                       "the model was trained."),
-                *_inputs_over_time(),
+                window_reference_input(),
+                *inputs_over_time(),
+                resize_input("auto stretches it, as the models were trained"),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The controlled MODEL.")],
             hidden=[io.Hidden.unique_id],
@@ -53,19 +56,20 @@ class ControlNeXtApply(io.ComfyNode):
     def execute(cls, model, controlnext: ControlNeXt, image: torch.Tensor, strength: float, start_percent: float,
                 end_percent: float, mask: torch.Tensor | None = None, inject_at: str = "auto",
                 apply_to: str = "auto", window_reference: str = "auto", strength_curve=None,
-                strength_keyframes=None) -> io.NodeOutput:
+                strength_keyframes=None, resize: str = "auto") -> io.NodeOutput:
         if start_percent >= end_percent:
             raise ValueError(f"start_percent: {start_percent:g} is not before end_percent {end_percent:g}; set "
                              f"start_percent below end_percent.")
         control_image(image)
         if mask is not None:
-            mask = mask.reshape(-1, *mask.shape[-2:])
-            mask, strength = (None, strength) if (mask == 1).all() else (mask, strength if mask.any() else 0.0)
+            mask = checked_mask(mask)
+            strength = strength if mask.any() else 0.0
 
         settings = Settings(
             controlnext=controlnext, image=image, mask=mask, strength=strength, start_percent=start_percent,
             end_percent=end_percent, curve=strength_curve, keyframes=strength_keyframes, inject_at=inject_at,
-            apply_to=apply_to, window_reference=window_reference, node_id=node_id(cls))
+            apply_to=apply_to, window_reference=window_reference,
+            resize="stretch" if resize == "auto" else resize, node_id=node_id(cls))
         running = model_of(model)
         resolve(running, settings)  # what does not fit is told here already, not only when the MODEL runs
         shown = show_strength(settings).as_dict()
@@ -75,15 +79,3 @@ class ControlNeXtApply(io.ComfyNode):
             shown |= show_text(cls, FEW_BITS).as_dict()
         return io.NodeOutput(add_settings(model, settings), ui=shown)
 
-
-def _inputs_over_time() -> list[io.Input]:
-    keyframes = io.HookKeyframes.Input(
-        "strength_keyframes", optional=True, advanced=True,
-        tooltip="Strength over time in steps: hook keyframes, whose strengths multiply strength.")
-    if CurveInput is None:
-        return [keyframes]
-    # forceInput: a socket for the Curve Editor node, not an editor inside this one
-    return [io.Custom("CURVE").Input(
-        "strength_curve", optional=True, advanced=True, extra_dict={"forceInput": True},
-        tooltip="Strength over time: a curve that multiplies strength, from the first step (left) to the last "
-                "(right)."), keyframes]

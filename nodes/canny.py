@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..controlnext_core.canny import canny
 from ..controlnext_core.sizes import as_rgb
+from .runtime.images import checked_image
 
 
 class ControlNeXtCanny(io.ComfyNode):
@@ -32,7 +33,7 @@ class ControlNeXtCanny(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: torch.Tensor, threshold: str, low_threshold: int, high_threshold: int) -> io.NodeOutput:
-        if not torch.isfinite(image).all():
+        if not torch.isfinite(checked_image(image)).all():
             raise ValueError("image: the picture holds NaN or infinite values; check the node that made it.")
         thresholds = None if threshold == "auto" else (low_threshold, high_threshold)
         pictures = (as_rgb(image).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()

@@ -1,10 +1,19 @@
 """ControlNeXt to ControlNet."""
 
+import torch
 from comfy_api.latest import io
 
-from .inputs import apply_to_input, inject_at_input
+from .inputs import (
+    apply_to_input,
+    inject_at_input,
+    inputs_over_time,
+    mask_input,
+    resize_input,
+    window_reference_input,
+)
 from .preview import node_id
 from .runtime.control_net import ControlNeXtControlNet
+from .runtime.images import checked_mask
 from .runtime.loaded import ControlNeXt, ControlNeXtType
 from .runtime.settings import Settings
 
@@ -24,13 +33,21 @@ class ControlNeXtToControlNet(io.ComfyNode):
                 ControlNeXtType.Input("controlnext", tooltip="From Load ControlNeXt Model."),
                 inject_at_input(),
                 apply_to_input(", of the conditionings that it is applied to"),
+                mask_input(),
+                window_reference_input(),
+                *inputs_over_time(),
+                resize_input("auto crops it, as ComfyUI's ControlNets do"),
             ],
             outputs=[io.ControlNet.Output(display_name="control_net", tooltip="For Apply ControlNet.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, controlnext: ControlNeXt, inject_at: str = "auto", apply_to: str = "auto") -> io.NodeOutput:
-        asked = Settings(controlnext=controlnext, inject_at=inject_at, apply_to=apply_to, fits_areas=True,
-                         node_id=node_id(cls))
+    def execute(cls, controlnext: ControlNeXt, inject_at: str = "auto", apply_to: str = "auto",
+                mask: torch.Tensor | None = None, window_reference: str = "auto", strength_curve=None,
+                strength_keyframes=None, resize: str = "auto") -> io.NodeOutput:
+        asked = Settings(
+            controlnext=controlnext, mask=None if mask is None else checked_mask(mask), curve=strength_curve,
+            keyframes=strength_keyframes, inject_at=inject_at, apply_to=apply_to, window_reference=window_reference,
+            resize="crop" if resize == "auto" else resize, fits_areas=True, node_id=node_id(cls))
         return io.NodeOutput(ControlNeXtControlNet(asked))

@@ -1,6 +1,5 @@
 """One control in one run: the features and weights that it gives to each call of the denoiser."""
 
-import hashlib
 import logging
 import math
 
@@ -10,13 +9,12 @@ import torch
 
 from ...controlnext_core.cross_normalization import pool
 from ...controlnext_core.features import control_features
-from ...controlnext_core.sizes import as_rgb, crop, halved
+from ...controlnext_core.sizes import crop, halved
 from .forward import Forward, Half
+from .images import Images
 from .loaded import LoadedModule
 from .resolve import Resolved
 from .settings import Settings
-
-RESIZING = "lanczos"  # of control images, as the reference does
 
 
 class Control:
@@ -37,7 +35,8 @@ class Control:
         self.place, self.sampling = resolved.place, resolved.sampling
         self.wanted = self.taken = False
         self.used = {self.loaded}
-        self._images = Images(settings.image, resolved.ratio)
+        self._images = Images(settings.image, resolved.ratio, settings.resize)
+        self._mask_of_all = None if settings.mask is None or (settings.mask == 1).all() else settings.mask[:, None]
         self._masks: dict[tuple, torch.Tensor] = {}
         self._warned = False
 
@@ -118,7 +117,8 @@ class Control:
         size = halved(forward.size, self.place.halvings)
         fitted = self.settings.fits_areas and area is not None and not self._images.has_size(forward.latent)
         fit_to = area[:2] if fitted else None
-        where = (forward.latent, self.resolved.ratio, area, fitted, family.name, forward.dtype, forward.device,
+        resize = None if self._images.has_size(forward.latent) else self.settings.resize
+        where = (forward.latent, self.resolved.ratio, area, fitted, resize, family.name, forward.dtype, forward.device,
                  torch.is_inference_mode_enabled())  # training cannot use inference's tensors
 
         def image_part(index: int):
@@ -171,10 +171,10 @@ class Control:
         """The mask (halves or 1, samples or 1, 1, H or 1, W or 1) for the places of a call's batch, made once a run."""
         size = halved(forward.size, self.place.halvings)
         key = (forward.halves, forward.frames, forward.latent, size, forward.dtype, forward.device)
-        if self.settings.mask is None:
+        if self._mask_of_all is None:
             key = (forward.dtype, forward.device)
         if key not in self._masks:
-            made = (torch.ones(1, 1, 1, 1, 1) if self.settings.mask is None else
+            made = (torch.ones(1, 1, 1, 1, 1) if self._mask_of_all is None else
                     torch.stack([self._mask_of(forward, half, size) for half in forward.halves]))
             self._masks[key] = made.to(forward.device, forward.dtype)
         return self._masks[key]
@@ -182,7 +182,7 @@ class Control:
     def _mask_of(self, forward: Forward, half: Half, size: tuple[int, int]) -> torch.Tensor:
         """A half's mask (samples or 1, 1, H, W); frames of a video are put below one another."""
         latent = (forward.latent[1], forward.latent[0])
-        mask = comfy.utils.common_upscale(self.settings.mask[:, None], *latent, "area", "disabled")
+        mask = comfy.utils.common_upscale(self._mask_of_all, *latent, "area", "disabled")
         if len(mask) > 1 or forward.video:
             groups = [images_of(frame, self._images_a_frame(forward)) for frame in forward.frames_of(half)]
             mask = torch.stack([mask[[index % len(mask) for index in group]].mean(0) for group in groups])
@@ -191,82 +191,9 @@ class Control:
         return torch.cat(list(mask), 1)[None] if forward.video else mask
 
 
-class Images:
-    """The control images of one run, as they are when they are first needed.
-
-    Another node may change a picture in place at any time. What is computed from it is kept under its digest, so the
-    digest is taken from a copy, and the copy is what features are computed from.
-
-    Args:
-        image: (N, H, W, C) in [0, 1].
-        ratio: pixels that one latent pixel stands for.
-    """
-
-    def __init__(self, image: torch.Tensor, ratio: int):
-        self._image, self._ratio = image, ratio
-        self._digests: dict[int, str] = {}
-        self._firsts: dict[str, int] = {}
-        self._kept: dict[tuple[int, int, int], dict[int, torch.Tensor]] = {}
-
-    def has_size(self, latent: tuple[int, int]) -> bool:
-        """Whether the images are as large as a picture of this latent (H, W)."""
-        return tuple(self._image.shape[1:3]) == self._pixels(latent)
-
-    def digest(self, index: int) -> str:
-        """Of an image's shape and values."""
-        if index not in self._digests:
-            self._digests[index] = digest_of(control_image(self._image[index:index + 1])[0])
-        return self._digests[index]
-
-    def first_like(self, index: int) -> int:
-        """The first image that was asked for with the same values."""
-        return self._firsts.setdefault(self.digest(index), index)
-
-    def keep(self, index: int, latent: tuple[int, int], fit_to: tuple[int, int] | None = None) -> torch.Tensor:
-        """A copy (1, 3, H, W) of an image for the run, as large as a picture of this latent (H, W).
-
-        It is stretched with Lanczos, as the reference does, or cropped to fit a part of the latent, ``fit_to``.
-        """
-        kept = self._kept.setdefault((*latent, fit_to), {})
-        if index not in kept:
-            image = control_image(self._image[index:index + 1]).clone()
-            self._digests[index] = digest_of(image[0])
-            height, width = self._pixels(fit_to or latent)
-            if not kept and image.shape[1:3] != (height, width):
-                logging.info("ControlNeXt: the control image is resized from %dx%d to %dx%d.",
-                             image.shape[2], image.shape[1], width, height)
-            kept[index] = resized(image.movedim(-1, 1), height, width, "center" if fit_to else "disabled")
-        return kept[index]
-
-    def _pixels(self, latent: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) in pixels of a latent's."""
-        return latent[0] * self._ratio, latent[1] * self._ratio
-
-
-def resized(image: torch.Tensor, height: int, width: int, cropping: str) -> torch.Tensor:
-    """An image (N, 3, H, W) at another size; the same when it has that size already."""
-    if image.shape[-2:] == (height, width):
-        return image
-    return comfy.utils.common_upscale(image, width, height, RESIZING, cropping)
-
-
 def images_of(frame: int, images: int) -> range:
     """Which images a latent frame of a video stands for: the first one of all for one, others for so many."""
     return range(max(images * (frame - 1) + 1, 0), images * frame + 1)
-
-
-def control_image(image: torch.Tensor) -> torch.Tensor:
-    """A control image as users connect it, (N, H, W, C), as (N, H, W, 3) float32. ValueError: values not finite."""
-    if not torch.isfinite(image).all():
-        raise ValueError("image: the control image holds NaN or infinite values; check the node that made it.")
-    return as_rgb(image).float()
-
-
-def digest_of(image: torch.Tensor) -> str:
-    """Of one image (H, W, C): its shape and its values."""
-    digest = hashlib.blake2b(repr(tuple(image.shape)).encode())
-    digest.update(image.contiguous().cpu().numpy())
-    return digest.hexdigest()
 
 
 def is_out_of_memory(error: Exception) -> bool:

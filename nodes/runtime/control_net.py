@@ -9,8 +9,9 @@ from comfy.controlnet import ControlNet
 from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
 from comfy.patcher_extension import WrappersMP
 
-from .control import RESIZING, Control
+from .control import Control
 from .forward import describe
+from .images import RESIZING
 from .injection import READY_KEY, enter_blocks, put_injection, ready_for
 from .resolve import FEW_BITS, Resolved, RunningModel, computes_in_few_bits, loaded_model_of, resolve
 from .run import KEY, RUN_KEY, InRun, Run, sample_under_control, tell_never_taken

@@ -99,7 +99,9 @@ def resolve(model: RunningModel, settings: Settings) -> Resolved:
     place_name = trained_at if settings.inject_at == "auto" else settings.inject_at
     place = _place(model, controlnext, place_name)
 
-    positive, negative = (settings.strength * gain for gain in family.gains(controlnext.loaded.checkpoint.scale))
+    off = settings.mask is not None and not settings.mask.any()
+    strength = 0.0 if off else settings.strength
+    positive, negative = (strength * gain for gain in family.gains(controlnext.loaded.checkpoint.scale))
     other = {"auto": negative, "both": positive, "positive": 0.0}[settings.apply_to]
     window_reference = {"auto": family.window_reference, "on": True, "off": False}[settings.window_reference]
     strength_at = StrengthOverTime(model.sampling, settings.start_percent, settings.end_percent,

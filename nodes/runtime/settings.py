@@ -24,6 +24,7 @@ class Settings:
         inject_at: name of the place where control enters; auto is where the model was trained to enter.
         apply_to: auto, both or positive, the guidance halves that are controlled.
         window_reference: auto, on or off: the first image controls the first frame of every context window.
+        resize: stretch, crop or pad, how an image becomes as large as the picture.
         fits_areas: for a cond with an area, an image that is not as large as the picture is fitted into the area, as
             ComfyUI's own ControlNets do; without it the area gets its part of the image.
         node_id: of the node that shows what is to be told about this control, or None.
@@ -40,6 +41,7 @@ class Settings:
     inject_at: str = "auto"
     apply_to: str = "auto"
     window_reference: str = "auto"
+    resize: str = "stretch"
     fits_areas: bool = False
     node_id: str | None = None
 

@@ -20,8 +20,9 @@ from ...controlnext_core.losses import draw_levels, draw_sigmas, prediction_loss
 from ...controlnext_core.sizes import halved
 from ...controlnext_core.training import Training, draw_rows, drop_captions
 from ...controlnext_core.unet_keys import Target
-from ..runtime.control import RESIZING, images_of
+from ..runtime.control import images_of
 from ..runtime.forward import Forward
+from ..runtime.images import RESIZING
 from ..runtime.places import Place, adds_in_place, blocks_of
 from ..runtime.resolve import model_of
 from ..runtime.run import Run, controls_in
