@@ -198,6 +198,6 @@ def own_way_of(model: RunningModel, model_options: dict) -> str | None:
     for function in (wrapped, getattr(model.denoiser, "forward", None), type(model.denoiser)):
         module = getattr(function, "__module__", None) or type(function).__module__
         if function is not None and not module.startswith(("comfy.", "torch.")):
-            name = getattr(function, "__qualname__", None) or type(function).__qualname__
+            name = (getattr(function, "__qualname__", None) or type(function).__qualname__).partition(".")[0]
             return f"{name} of {module.rpartition('custom_nodes')[2].strip('/.') or module}"
     return None

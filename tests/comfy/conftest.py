@@ -152,3 +152,11 @@ def module_runs(monkeypatch):
         monkeypatch.setattr(module, "timestep_part", lambda *args: timesteps.append(1) or timestep_part(*args))
         return images, timesteps
     return count
+
+
+@pytest.fixture
+def compiler():
+    """torch.compile without what it has compiled in other tests, of which it counts how often it had to begin anew."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

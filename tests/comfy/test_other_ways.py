@@ -137,7 +137,7 @@ def test_calls_with_other_rows_than_noted_get_the_control_of_their_rows(control,
     assert relative(sample(way(controlled[0]), *controlled[1:], latent("sd15"), cfg=3.0, steps=1), expected) <= BOUND
 
 
-def test_a_compiled_denoiser_is_the_base_that_it_was(apply, hang, controlnexts, unet):
+def test_a_compiled_denoiser_is_the_base_that_it_was(apply, hang, controlnexts, unet, compiler):
     """At the second queue, the object patch of the first is in the layers that all clones share."""
     compiled = apply(unet, controlnexts["sd15"], picture())
     compiled.add_object_patch("diffusion_model", torch.compile(unet.model.diffusion_model, backend="eager"))

@@ -70,7 +70,7 @@ def test_a_step_pays_for_one_run_of_the_module_and_a_second_run_for_none(control
 
 
 @pytest.mark.parametrize("place", ["down_0", "before_middle", "middle"])
-def test_a_compiled_unet_is_one_graph_traced_once_under_control(control, controlnext, place):
+def test_a_compiled_unet_is_one_graph_traced_once_under_control(control, controlnext, compiler, place):
     """Steps, runs, images and strengths all go through the same graph."""
     graphs = []
 
