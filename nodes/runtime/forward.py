@@ -111,32 +111,39 @@ class NotedConds:
         return replace(twin, positive=index == 0)
 
 
-def note_conds(executor, x, timestep, model_options=None, seed=None):
-    """PREDICT_NOISE wrapper: note which cond is in which of the guider's lists, and its area."""
+def note_conds(model_options: dict, conds: Mapping[str, Sequence[dict] | None], shape: tuple[int, ...]) -> dict:
+    """model_options in which is noted which cond is in which of a guider's lists, and its area.
+
+    Args:
+        conds: the guider's, as ComfyUI has prepared them.
+        shape: of the whole latents.
+    """
     lists: dict[str, dict] = {}
     prompts = []
-    for name, conds in executor.class_obj.conds.items():
+    for name, entries in conds.items():
         halves = lists[name] = {}
-        for cond in conds or ():
-            half = halves[cond.get("uuid")] = Half(name == POSITIVE, *_clamped(cond.get("area"), tuple(x.shape[2:])))
+        for cond in entries or ():
+            half = halves[cond.get("uuid")] = Half(name == POSITIVE, *_clamped(cond.get("area"), shape[2:]))
             context = getattr(cond.get("model_conds", {}).get("c_crossattn"), "cond", None)
             if torch.is_tensor(context):
                 prompts.append((half, context))
-
-    noted = NotedConds(lists, tuple(x.shape), prompts=tuple(prompts))
-    return executor(x, timestep, _with_noted(model_options or {}, noted), seed)
+    return _with_noted(model_options, NotedConds(lists, shape, prompts=tuple(prompts)))
 
 
-def note_order(executor, model, conds: Sequence, x_in, timestep, model_options: dict):
-    """CALC_COND_BATCH wrapper: note which of the guider's lists each index of ``cond_or_uncond`` is."""
-    noted = model_options.get("transformer_options", {}).get(CONDS_KEY, NotedConds())
+def note_order(model_options: dict, conds: Sequence[Sequence[dict] | None]) -> dict:
+    """model_options in which is noted, too, which of the guider's lists each index of ``cond_or_uncond`` is."""
+    noted = noted_in(model_options.get("transformer_options", {}))
 
     def name_of(entries: Sequence[dict] | None) -> str | None:
         uuids = [cond.get("uuid") for cond in entries or ()]
         return next((name for name, halves in noted.lists.items() if uuids and list(halves) == uuids), None)
 
-    noted = replace(noted, names=tuple(name_of(entries) for entries in conds))
-    return executor(model, conds, x_in, timestep, _with_noted(model_options, noted))
+    return _with_noted(model_options, replace(noted, names=tuple(name_of(entries) for entries in conds)))
+
+
+def noted_in(options: dict) -> NotedConds:
+    """What is noted in transformer_options of the step that they are of."""
+    return options.get(CONDS_KEY, NotedConds())
 
 
 def _with_noted(model_options: dict, noted: NotedConds) -> dict:
@@ -166,7 +173,7 @@ def describe(sampling, dtype: torch.dtype, shape: tuple[int, ...], t: torch.Tens
         options: the call's transformer_options.
         context: for cross-attention, (B, tokens, C), which tells whose rows they are when they are not those noted.
     """
-    noted = options.get(CONDS_KEY, NotedConds())
+    noted = noted_in(options)
     halves, samples = _halves(shape[0], noted, options, context)
     whole = noted.shape or shape
     if any(half.area is None for half in halves):

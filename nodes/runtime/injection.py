@@ -13,7 +13,7 @@ import torch
 from ...controlnext_core.cross_normalization import add_controls, add_to_tokens
 from ...controlnext_core.sizes import halved
 from .control import Control
-from .forward import CONDS_KEY, Forward, NotedConds, describe
+from .forward import Forward, describe, noted_in
 from .places import AFTER_SLOTS, MIDDLE_SLOT, NEXT_BLOCK, NEXT_SLOT, TOKEN_SLOT, Place
 
 READY_KEY = "controlnext_ready"  # in a call's transformer_options: {name of a control in the run: Ready}
@@ -156,7 +156,7 @@ def _worked_out_here(place: Place, controls: Mapping[object, Control], options: 
 
 def _latent_shape(place: Place, options: dict, h: torch.Tensor) -> tuple[int, ...] | None:
     """The shape of the latents that a denoiser's features ``h`` at a place come from; None where nothing tells it."""
-    noted = options.get(CONDS_KEY, NotedConds())
+    noted = noted_in(options)
     areas = [half.area[:2] for halves in noted.lists.values() for half in halves.values() if half.area is not None]
     sizes = [*(tuple(noted.shape[-2:]) for _ in noted.shape[:1]), *areas]
     if h.ndim == 4:

@@ -11,7 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .control import Control
-from .forward import describe, note_conds, note_order
+from .forward import describe, note_conds, note_order, noted_in
 from .injection import READY_KEY, enter_blocks, put_injection, ready_for, without_control
 from .memory import prepare_with
 from .messages import send_text
@@ -41,13 +41,13 @@ class Run:
         model: the one that runs; its copies on other GPUs are admitted when ComfyUI has loaded them.
         controls: {name: control} of those that sit in the MODEL.
         nets: those that hang on conditionings.
-        model_options: of the sampling, before the controls came into it.
+        guider: ComfyUI's, whose sampling it is; None for a call outside of a sampling.
     """
 
     def __init__(self, model: RunningModel, controls: Mapping[object, Control], nets: Sequence[InRun] = (),
-                 model_options: Mapping | None = None):
-        self.model, self.controls, self.nets = model, dict(controls), list(nets)
-        self.model_options = model_options or {}
+                 guider=None):
+        self.model, self.controls, self.nets, self.guider = model, dict(controls), list(nets), guider
+        self.model_options = guider.model_options if guider else {}
         self._admitted = {model.base_model}
         self._sigmas: list[torch.Tensor] = []
 
@@ -57,7 +57,7 @@ class Run:
     def enter(self, options: dict) -> dict:
         """A copy of a sampling's transformer_options in which the controls act."""
         ours = {WrappersMP.PREPARE_SAMPLING: self.prepare_sampling, WrappersMP.PREDICT_NOISE: self.predict_noise,
-                WrappersMP.CALC_COND_BATCH: note_order, WrappersMP.APPLY_MODEL: self.apply_model}
+                WrappersMP.CALC_COND_BATCH: self.calc_cond_batch, WrappersMP.APPLY_MODEL: self.apply_model}
         wrappers = dict(options.get("wrappers", {}))
         for kind, wrapper in ours.items():
             wrappers[kind] = {**wrappers.get(kind, {}), KEY: [wrapper]}
@@ -79,10 +79,16 @@ class Run:
         self._admitted |= {one.model for one in models if getattr(one, "is_multigpu_base_clone", False)}
         return real_model, conds, models
 
-    def predict_noise(self, executor, x, timestep, *args, **kwargs):
-        """PREDICT_NOISE wrapper: note the step's conds, and its noise level for ``never_taken``."""
+    def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
+        """PREDICT_NOISE wrapper: note the step's conds; further in, windows may hold a part of the latents only."""
+        return executor(x, timestep, note_conds(model_options or {}, self.guider.conds, tuple(x.shape)), seed)
+
+    def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options: dict):
+        """CALC_COND_BATCH wrapper: note the order of the conds, and the step's noise level for ``tell_never_taken``."""
         self._sigmas.append(timestep[0].detach())
-        return note_conds(executor, x, timestep, *args, **kwargs)
+        if not noted_in(model_options.get("transformer_options", {})).shape:  # some guiders ask for no wrapper before
+            model_options = note_conds(model_options, self.guider.conds, tuple(x_in.shape))
+        return executor(model, conds, x_in, timestep, note_order(model_options, conds))
 
     def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None,
                     **kwargs):
@@ -140,7 +146,7 @@ def sample_under_control(executor, *args, **kwargs):
         return executor(*args, **kwargs)
 
     model = model_of(guider.model_patcher)
-    run = Run(model, controls_in(model, options), nets_in(guider.conds), before)
+    run = Run(model, controls_in(model, options), nets_in(guider.conds), guider)
     guider.model_options = {**before, "transformer_options": run.enter(options)}
     try:
         result = executor(*args, **kwargs)

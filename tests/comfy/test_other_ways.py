@@ -8,6 +8,7 @@ import logging
 
 import comfy.model_management
 import comfy.patcher_extension
+import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed, timestep_embedding
@@ -135,6 +136,15 @@ def test_calls_with_other_rows_than_noted_get_the_control_of_their_rows(control,
     controlled = control(model, controlnexts["sd15"], **settings)
     expected = sample(*controlled, latent("sd15"), cfg=3.0, steps=1)
     assert relative(sample(way(controlled[0]), *controlled[1:], latent("sd15"), cfg=3.0, steps=1), expected) <= BOUND
+
+
+def test_a_guider_that_asks_for_no_wrappers_has_its_regions_controlled(run, control, controlnexts, unet, monkeypatch):
+    """NAG's samplers.py:101: a guider that calls its predict_noise itself."""
+    positive = run("ConditioningSetArea", conditioning=cond(unet), width=32, height=64, x=32, y=0, strength=1.0)
+    controlled = control(unet, controlnexts["sd15"], picture(), positive=positive, apply_to="positive")
+    expected = sample(*controlled, latent("sd15"), cfg=3.0, steps=2)
+    monkeypatch.setattr(comfy.samplers.CFGGuider, "__call__", comfy.samplers.CFGGuider.predict_noise)
+    assert torch.equal(sample(*controlled, latent("sd15"), cfg=3.0, steps=2), expected)
 
 
 def test_a_compiled_denoiser_is_the_base_that_it_was(apply, hang, controlnexts, unet, compiler):
