@@ -1,6 +1,6 @@
 """From a file's state dict to a ControlNeXt module, or one sentence on what the file is instead."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +9,13 @@ from torch import nn
 from .families import either, families_of
 from .layouts import layout_of, solve_widths
 from .module import ControlNeXtModule
+from .sentences import quoted
 
 PREFIXES = ("module.", "controlnet.", "controlnext.", "model.")
+CONTROL = ("controlnext.", "controlnet.")  # of the control in a file that holds the UNet, too
 ANCHORS = ("down_res.0.", "mid_convs.", "down_sample.0.")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+ANOTHER = "download the file again or choose another"
 
 # (what the file is, any of these in a key); the first that fits speaks
 FOREIGN = (
@@ -64,6 +68,11 @@ class Checkpoint:
                              f"choose auto or {fitting}.")
 
 
+def named_tensors(state_dict: Mapping) -> dict[str, torch.Tensor]:
+    """What in a file is a tensor with a name."""
+    return {key: value for key, value in state_dict.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+
+
 def strip_prefixes(state_dict: dict) -> dict:
     """The state dict with ``module.``, ``controlnet.`` and the like taken off when every key has them."""
     for prefix in PREFIXES * 2:
@@ -72,48 +81,88 @@ def strip_prefixes(state_dict: dict) -> dict:
     return state_dict
 
 
+def is_control(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of a ControlNeXt module."""
+    keys = list(keys)
+    return all(any(key.startswith(anchor) for key in keys) for anchor in ANCHORS)
+
+
+def _control_part(state_dict: dict) -> dict:
+    """The control of a file that holds the UNet, too, as DeepSpeed saves both in one; other files as they are."""
+    for prefix in CONTROL:
+        part = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if is_control(part):
+            return part
+    return state_dict
+
+
 def kind_of_file(keys: Iterable[str]) -> str:
     """What a file that is not a ControlNeXt module looks like, from its keys."""
+    keys = list(keys)
     for what, marks in FOREIGN:
         if any(mark in key for key in keys for mark in marks):
             return what
-    return f"of an unknown kind (its first tensor is {next(iter(keys))})"
+    return f"of an unknown kind (its first tensor is {quoted(keys[0])})"
 
 
-def open_checkpoint(state_dict: dict, name: str, operations=nn, device=None) -> Checkpoint:
+def check_floats(tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
+    """ValueError: one of the (key, tensor) is not of floating point numbers, or not all of them are there; names it."""
+    for key, value in tensors:
+        if value.dtype not in FLOATS:
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: tensor {quoted(key)} holds {dtype} numbers where floating point weights are "
+                             f"expected; {ANOTHER}.")
+        if not _is_whole(value):
+            raise ValueError(f"{name}: tensor {quoted(key)} does not hold all of its numbers (it is sparse, nested, "
+                             f"repeated or a mere shape) where plain weights are expected; {ANOTHER}.")
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
+    """ValueError: one of the (key, tensor), none of which is empty, holds NaN or infinite numbers; names it."""
+    for key, value in tensors:
+        # the smallest and the largest are NaN when any is, and need no memory; PyTorch has none of 8-bit floats
+        extremes = torch.stack(torch.aminmax(value.float() if value.itemsize == 1 else value))
+        if not extremes.isfinite().all():
+            raise ValueError(f"{name}: tensor {quoted(key)} holds NaN or infinite weights; {ANOTHER}.")
+
+
+def open_checkpoint(state_dict: Mapping, name: str, operations=nn, device=None) -> Checkpoint:
     """Check a file's state dict and make the module that it is for; ``Checkpoint.load_weights`` fills it.
 
     Args:
-        state_dict: {key: tensor} as it came from the file, prefixes and all.
+        state_dict: {key: tensor} as it came from the file, prefixes, the UNet beside it and all.
         name: the file's name, for messages.
         operations: where layers come from.
         device: of the module's (yet unfilled) parameters, which take the dtype of the file.
 
     Raises:
         ValueError: not a ControlNeXt module (says what it is), a missing, foreign or wrongly shaped tensor (named),
-            integer or non-finite weights (named).
+            weights that are no plain floating point numbers or not finite (named).
     """
-    state_dict = strip_prefixes({key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)})
+    name = quoted(name)
+    state_dict = strip_prefixes(named_tensors(state_dict))
     if not state_dict:
-        raise ValueError(f"{name} holds no tensors; download it again or choose another file.")
-    if not all(any(key.startswith(anchor) for key in state_dict) for anchor in ANCHORS):
+        raise ValueError(f"{name} holds no tensors with names; download it again or choose another file.")
+
+    state_dict = _control_part(state_dict)
+    if not is_control(state_dict):
         raise ValueError(f"{name} is not a ControlNeXt model: it is {kind_of_file(state_dict)}; choose the small "
                          f"ControlNeXt file (often called controlnet.safetensors, 7 to 22 MB).")
-    for key, value in state_dict.items():
-        if not value.is_floating_point():
-            dtype = str(value.dtype).removeprefix("torch.")
-            raise ValueError(f"{name}: tensor {key} holds {dtype} numbers where floating point weights are expected; "
-                             f"download the file again or choose another.")
+
+    check_floats(state_dict.items(), name)
+    dtype = next(value.dtype for key, value in state_dict.items() if key != "scale")
     try:
         widths = solve_widths({key: tuple(value.shape) for key, value in state_dict.items()})
+        module = ControlNeXtModule(widths, list(state_dict), operations=operations, dtype=dtype, device=device)
     except ValueError as error:
-        raise ValueError(f"{name} does not fit any ControlNeXt model: {error}; download the file again or choose "
-                         f"another.") from None
-    for key, value in state_dict.items():
-        if not torch.isfinite(value.float()).all():
-            raise ValueError(f"{name}: tensor {key} holds NaN or infinite weights; download the file again or choose "
-                             f"another.")
+        raise ValueError(f"{name} does not fit any ControlNeXt model: {error}; {ANOTHER}.") from None
+    check_finite(state_dict.items(), name)
+
     scale = float(state_dict.pop("scale", torch.ones(())))
-    dtype = next(iter(state_dict.values())).dtype
-    module = ControlNeXtModule(widths, list(state_dict), operations=operations, dtype=dtype, device=device)
     return Checkpoint(module.eval().requires_grad_(False), state_dict, layout_of(list(state_dict)), scale)

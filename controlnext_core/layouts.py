@@ -7,6 +7,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
+from .sentences import quoted
+
 RESNET = {
     "norm1.weight": ("{i}",), "norm1.bias": ("{i}",),
     "conv1.weight": ("{o}", "{i}", 3, 3), "conv1.bias": ("{o}",),
@@ -59,7 +61,7 @@ def layout_of(keys: Sequence[str]) -> str:
 
 def stages_of(keys: Sequence[str]) -> int:
     """Number of resnet + downsample stages."""
-    return 1 + max(int(match[1]) for key in keys if (match := re.match(r"down_res\.(\d+)\.", key)))
+    return len({match[1] for key in keys if (match := re.match(r"down_res\.(\d+)\.", key))})
 
 
 def expected_shapes(keys: Sequence[str]) -> dict[str, tuple]:
@@ -95,7 +97,8 @@ def solve_widths(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         shapes: {key: shape} with prefixes stripped.
 
     Raises:
-        ValueError: a key is missing, not ControlNeXt's, or its shape disagrees with the others'; it is named.
+        ValueError: a key is missing, not ControlNeXt's, or its shape disagrees with the others' or with what the module
+            computes; it is named.
     """
     expected = expected_shapes(list(shapes))
     missing = [key for key in expected if key not in shapes]
@@ -104,21 +107,40 @@ def solve_widths(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     extra = [key for key in shapes if key not in expected and key != "scale"]
     if extra:
         raise ValueError(f"{_some(extra)} is not part of any ControlNeXt model")
+
     votes: dict[str, Counter] = defaultdict(Counter)
     for key, names in expected.items():
-        if len(shapes[key]) == len(names):
-            for name, width in zip(names, shapes[key], strict=True):
-                if isinstance(name, str):
-                    votes[name][width] += 1
+        if len(shapes[key]) != len(names) or 0 in shapes[key]:
+            raise ValueError(f"tensor {key} has shape {quoted(list(shapes[key]))} where {len(names)} sizes above 0 are "
+                             f"expected")
+        for name, width in zip(names, shapes[key], strict=True):
+            if isinstance(name, str):
+                votes[name][width] += 1
     widths = {name: vote.most_common(1)[0][0] for name, vote in votes.items()}
+
     for key, names in expected.items():
         right = [widths[name] if isinstance(name, str) else name for name in names]
         if list(shapes[key]) != right:
             raise ValueError(f"tensor {key} has shape {list(shapes[key])} where {right} is expected")
     if len(shapes.get("scale", ())) > 1 or 0 in shapes.get("scale", ()):
-        raise ValueError(f"tensor scale has shape {list(shapes['scale'])} where a single number is expected")
+        raise ValueError(f"tensor scale has shape {quoted(list(shapes['scale']))} where a single number is expected")
+    _check_widths(widths, expected)
     return widths
 
 
+def _check_widths(widths: Mapping[str, int], expected: Mapping[str, tuple]) -> None:
+    """ValueError: no module of these widths could run, although all tensors agree on them."""
+    if widths["frequencies"] % 2:
+        raise ValueError(f"tensor time_embedding.linear_1.weight takes {widths['frequencies']} frequencies where an "
+                         f"even number is expected")
+    if "stem_0" not in widths and widths["width_0"] != 3:
+        raise ValueError(f"tensor down_res.0.conv1.weight takes images of {widths['width_0']} channels where 3 are "
+                         f"expected")
+    for stage in range(stages_of(list(expected))):
+        shortcut = f"down_res.{stage}.conv_shortcut.weight"
+        if widths[f"width_{stage}"] != widths[f"width_{stage + 1}"] and shortcut not in expected:
+            raise ValueError(f"tensor {shortcut} is missing")
+
+
 def _some(keys: list[str]) -> str:
-    return f"tensor {keys[0]}" + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")
+    return f"tensor {quoted(keys[0])}" + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")

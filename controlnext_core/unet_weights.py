@@ -11,7 +11,8 @@ from statistics import median
 import torch
 
 from .bases import BASES, bases_of, either, without_prefix
-from .checkpoint import ANCHORS, kind_of_file, strip_prefixes
+from .checkpoint import CONTROL, check_finite, check_floats, is_control, kind_of_file, named_tensors, strip_prefixes
+from .sentences import quoted
 from .unet_keys import Target, targets_of
 
 # a full file's tensors point the way of the base weights and have their size; differences do neither
@@ -32,13 +33,15 @@ class UNetWeights:
         tensors: {LDM key of the model: the file's tensor}.
         left_out: the file's keys that the model lacks.
         other_base: names of the base that the file seems made for although all its tensors fit.
-        partial: keys in ``tensors`` of which the file has a part alone (some of q, k and v); the rest is zeros.
+        partial: keys in ``tensors`` of which the file has a part only (some of q, k and v); the rest is zeros.
+        declared: difference or replace, where the file says so.
     """
 
     tensors: dict[str, torch.Tensor]
     left_out: list[str]
     other_base: str | None
     partial: list[str]
+    declared: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,32 +62,62 @@ class Likeness:
         return "replace" if self.cosine > SAME_COSINE and SAME_SIZE[0] < self.size < SAME_SIZE[1] else "difference"
 
 
-def match_weights(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -> UNetWeights:
+def match_weights(state_dict: Mapping, name: str, shapes: Mapping[str, tuple],
+                  declared: str | None = None) -> UNetWeights:
     """Match a file's tensors with a model's, by diffusers or LDM names, with or without prefix.
 
     Args:
-        state_dict: {key: tensor} as it came from the file.
+        state_dict: {key: tensor} as it came from the file, a control beside them and all.
         name: the file's name, for messages.
         shapes: {key: shape} of the model's UNet in LDM names, without prefix.
+        declared: what the file's metadata says that it is.
 
     Raises:
-        ValueError: nothing matches (says what the file is), another base's UNet, quantised, integer or non-finite
-            weights, a tensor of another shape (named).
+        ValueError: nothing matches (says what the file is), another base's UNet, quantised weights, weights that are no
+            plain floating point numbers or not finite, a tensor of another shape (named).
     """
-    state_dict = strip_prefixes({key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)})
+    name = quoted(name)
+    state_dict = strip_prefixes(named_tensors(state_dict))
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith(CONTROL)}
     if not state_dict:
-        raise ValueError(f"{name} holds no tensors; download it again or choose another file.")
+        raise ValueError(f"{name} holds no tensors with names; download it again or choose another file.")
     if any(key.endswith(QUANTISED) for key in state_dict):
         raise ValueError(f"{name} is quantised (its weights go with scales), but what is added to a MODEL has to be "
                          f"plain numbers; take the same weights in fp16.")
+
     targets = targets_of(shapes)
-    tensors, left_out, parts = {}, [], defaultdict(dict)
+    matched, left_out = [], []
     for key, value in state_dict.items():
         bare = without_prefix(key)
         target = Target(bare) if bare in shapes else targets.get(bare)
         if target is None:
             left_out.append(key)
-        elif target.rows is None or tuple(value.shape) != target.shape(shapes[target.key]):
+        else:
+            matched.append((target, value))
+    what = _kind_of_unet_file(state_dict)
+    if not matched or what.startswith(NAMED_ALIKE):
+        raise ValueError(f"{name} holds no UNet weights for the connected MODEL: it is {what}; choose the UNet weights "
+                         f"that came with the ControlNeXt model (often called unet.safetensors).")
+
+    check_floats(((target.key, value) for target, value in matched), name)
+    expected = [target.shape(shapes[target.key]) for target, _ in matched]
+    wrong = [(target.key, value.shape, shape) for (target, value), shape in zip(matched, expected, strict=True)
+             if value.shape != shape]
+    bases, model_bases = bases_of(state_dict), bases_of(shapes)
+    other_base = _titles(bases) if bases and model_bases and not set(bases) & set(model_bases) else None
+    if other_base and (wrong or left_out):
+        raise ValueError(f"{name} holds UNet weights for {other_base}, but the connected MODEL is "
+                         f"{_titles(model_bases)}; connect a {other_base} MODEL or choose UNet weights for "
+                         f"{_titles(model_bases)}.")
+    if wrong:
+        key, found, shape = wrong[0]
+        more = f" (and {len(wrong) - 1} more tensors differ)" if len(wrong) > 1 else ""
+        raise ValueError(f"{name}: tensor {quoted(key)} has shape {quoted(list(found))} where the connected MODEL has "
+                         f"{list(shape)}{more}; choose UNet weights that were made for this MODEL.")
+
+    tensors, parts = {}, defaultdict(dict)
+    for target, value in matched:
+        if target.rows is None:
             tensors[target.key] = target.ordered(value)
         else:
             parts[target.key][target.rows] = value
@@ -93,33 +126,9 @@ def match_weights(state_dict: Mapping, name: str, shapes: Mapping[str, tuple]) -
         for (first, count), value in rows.items():
             whole[first:first + count] = value
         tensors.setdefault(key, whole)
-    what = _kind_of_unet_file(state_dict)
-    if not tensors or what.startswith(NAMED_ALIKE):
-        raise ValueError(f"{name} holds no UNet weights for the connected MODEL: it is {what}; choose the UNet weights "
-                         f"that came with the ControlNeXt model (often called unet.safetensors).")
-    wrong = [key for key, value in tensors.items() if tuple(value.shape) != tuple(shapes[key])]
-    bases, model_bases = bases_of(state_dict), bases_of(shapes)
-    other_base = _titles(bases) if bases and model_bases and not set(bases) & set(model_bases) else None
-    if other_base and (wrong or left_out):
-        raise ValueError(f"{name} holds UNet weights for {other_base}, but the connected MODEL is "
-                         f"{_titles(model_bases)}; connect a {other_base} MODEL or choose UNet weights for "
-                         f"{_titles(model_bases)}.")
-    if wrong:
-        found, expected = list(tensors[wrong[0]].shape), list(shapes[wrong[0]])
-        more = f" (and {len(wrong) - 1} more tensors differ)" if len(wrong) > 1 else ""
-        raise ValueError(f"{name}: tensor {wrong[0]} has shape {found} where the connected MODEL has {expected}{more}; "
-                         f"choose UNet weights that were made for this MODEL.")
-    for key, value in tensors.items():
-        if not value.is_floating_point():
-            raise ValueError(f"{name}: tensor {key} holds {str(value.dtype).removeprefix('torch.')} numbers where "
-                             f"floating point weights are expected; download the file again or choose another.")
-        # the smallest and the largest are NaN when any is, and need no memory; PyTorch has none of 8-bit floats
-        extremes = torch.stack(torch.aminmax(value.float() if value.itemsize == 1 else value))
-        if not extremes.isfinite().all():
-            raise ValueError(f"{name}: tensor {key} holds NaN or infinite weights; download the file again or choose "
-                             f"another.")
+    check_finite(tensors.items(), name)
     partial = [key for key, rows in parts.items() if sum(count for _, count in rows) < shapes[key][0]]
-    return UNetWeights(tensors, left_out, other_base, partial)
+    return UNetWeights(tensors, left_out, other_base, partial, declared)
 
 
 def _titles(bases: Iterable[str]) -> str:
@@ -129,7 +138,7 @@ def _titles(bases: Iterable[str]) -> str:
 def _kind_of_unet_file(keys: Iterable[str]) -> str:
     """What a file is, from its keys, as somebody who looks for UNet weights wants to hear it."""
     keys = list(keys)
-    if all(any(key.startswith(anchor) for key in keys) for anchor in ANCHORS):
+    if is_control(keys):
         return "a ControlNeXt model (Load ControlNeXt Model takes it)"
     what = kind_of_file(keys)
     if not what.startswith("UNet weights"):
