@@ -64,7 +64,7 @@ class Checkpoint:
         names = [family.name for family in families_of(self.layout)]
         if variant != "auto" and variant not in names:
             fitting = either(names)
-            raise ValueError(f"variant: {variant} was chosen, but the file's tensors are those of {fitting}; "
+            raise ValueError(f"variant: {quoted(variant)} was chosen, but the file's tensors are those of {fitting}; "
                              f"choose auto or {fitting}.")
 
 

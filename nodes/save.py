@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..controlnext_core.families import FAMILIES
 from ..controlnext_core.release_files import reference_files
 from .preview import show_text
-from .runtime.files import UNLISTED, write_whole
+from .runtime.files import UNLISTED, unshared, write_whole
 from .runtime.loaded import ControlNeXt, ControlNeXtType
 
 
@@ -44,8 +44,7 @@ class ControlNeXtSave(io.ComfyNode):
         with write_whole(folder) as part:
             os.mkdir(part)
             for file, (tensors, metadata) in files.items():
-                comfy.utils.save_torch_file({key: value.contiguous() for key, value in tensors.items()},
-                                            os.path.join(part, file + UNLISTED), metadata=metadata)
+                comfy.utils.save_torch_file(unshared(tensors), os.path.join(part, file + UNLISTED), metadata=metadata)
             for file in files:
                 os.rename(os.path.join(part, file + UNLISTED), os.path.join(part, file))
         sizes = " and ".join(f"{file} ({len(tensors)} tensors)" for file, (tensors, _) in files.items())

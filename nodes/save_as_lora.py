@@ -10,8 +10,8 @@ from comfy_api.latest import io
 
 from ..controlnext_core.unet_weights import lora_key, low_rank
 from .preview import show_text
-from .runtime.base_weights import FOLDERS, BaseWeights, choose_mode, load_unet_weights, remarks
-from .runtime.files import fingerprint_listed, list_files, write_whole
+from .runtime.base_weights import FOLDERS, MODES, BaseWeights, choose_mode, load_unet_weights, remarks
+from .runtime.files import fingerprint_listed, list_files, unshared, write_whole
 
 
 class ControlNeXtSaveAsLoRA(io.ComfyNode):
@@ -35,6 +35,10 @@ class ControlNeXtSaveAsLoRA(io.ComfyNode):
                 io.Int.Input("rank", default=0, min=0, max=4096,
                              tooltip="0 saves the weights in full. A small rank gives a small file that is an "
                                      "approximation."),
+                io.Combo.Input("mode", options=list(MODES), default="auto", optional=True,
+                               tooltip="As of the loader: difference saves the file as it is, replace saves how it "
+                                       "differs from the MODEL's weights. auto compares the file with the MODEL and "
+                                       "tells what it decided."),
             ],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
@@ -45,10 +49,10 @@ class ControlNeXtSaveAsLoRA(io.ComfyNode):
         return fingerprint_listed(unet_name, FOLDERS, "unet_name")
 
     @classmethod
-    def execute(cls, unet_name: str, model, filename_prefix: str, rank: int) -> io.NodeOutput:
+    def execute(cls, unet_name: str, model, filename_prefix: str, rank: int, mode: str = "auto") -> io.NodeOutput:
         base = BaseWeights(model)
         weights = load_unet_weights(unet_name, base)
-        mode, why = choose_mode("auto", unet_name, weights, base)
+        mode, why = choose_mode(mode, unet_name, weights, base)
         progress = comfy.utils.ProgressBar(len(weights.tensors))
         lora = {}
         for key, value in weights.tensors.items():
@@ -59,7 +63,7 @@ class ControlNeXtSaveAsLoRA(io.ComfyNode):
         folder, filename, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
         path = os.path.join(folder, f"{filename}_{counter:05}_.safetensors")
         with write_whole(path) as part:
-            comfy.utils.save_torch_file(lora, part)
+            comfy.utils.save_torch_file(unshared(lora), part)
         text = f"{os.path.relpath(path, output)}: {len(weights.tensors)} tensors, {mode} ({why}).{remarks(weights)}"
         return io.NodeOutput(ui=show_text(cls, text))
 
@@ -70,8 +74,8 @@ def _lora_tensors(key: str, value, base: BaseWeights | None, rank: int) -> dict:
         weight = base(key)
         value = value.to(weight) - weight
     if not rank or value.ndim < 2:
-        return {lora_key(key): value.cpu().contiguous()}
+        return {lora_key(key): value.cpu()}
     value = value.to(comfy.model_management.get_torch_device(), torch.float32)
     name = lora_key(key).removesuffix(".diff")
-    return {f"{name}.{part}.weight": tensor.half().cpu().contiguous()
+    return {f"{name}.{part}.weight": tensor.half().cpu()
             for part, tensor in zip(("lora_up", "lora_down"), low_rank(value, rank), strict=True)}

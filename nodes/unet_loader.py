@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from .preview import show_text
 from .runtime.base_weights import (
     FOLDERS,
+    MODES,
     BaseWeights,
     add_unet_weights,
     choose_mode,
@@ -34,7 +35,7 @@ class ControlNeXtUNetLoader(io.ComfyNode):
                                        "models/controlnet or models/diffusion_models."),
                 io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.01,
                                tooltip="How much of the weights to apply: 1 as they were trained, 0 none."),
-                io.Combo.Input("mode", options=["auto", "difference", "replace"], default="auto",
+                io.Combo.Input("mode", options=list(MODES), default="auto",
                                tooltip="difference adds the file to the MODEL's weights, replace puts it in their "
                                        "place. auto compares the file with the MODEL and tells what it decided."),
             ],

@@ -9,11 +9,15 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
 
+from ...controlnext_core.bases import either
 from ...controlnext_core.release_files import MODE_KEY
+from ...controlnext_core.sentences import quoted
 from ...controlnext_core.unet_weights import UNetWeights, compare, match_weights, move_to_base, split_patches
-from .files import find_file, load_state_dict, read_metadata
+from .files import find_file, read_weights
+from .resolve import base_of_model, model_of
 
 FOLDERS = ("controlnext", "controlnet", "diffusion_models")
+MODES = ("auto", "difference", "replace")
 PREFIX = "diffusion_model."
 NAMED_KEYS = 5
 
@@ -72,30 +76,32 @@ def _ggml_dequantize(weight: torch.Tensor):
 
 
 def load_unet_weights(name: str, base: BaseWeights) -> UNetWeights:
-    """Read a file for the MODEL of ``base``. ValueError: one sentence that names the input."""
-    state_dict = load_state_dict(name, FOLDERS, "unet_name")
+    """Read a file for the MODEL of ``base``. ValueError: one sentence that names the input, also for other bases."""
+    base_of_model(model_of(base.model))
+    state_dict, metadata = read_weights(find_file(name, FOLDERS, "unet_name"), name, "unet_name")
     try:
-        return match_weights(state_dict, name, base.shapes)
+        return match_weights(state_dict, name, base.shapes, metadata.get(MODE_KEY))
     except ValueError as error:
         raise ValueError(f"unet_name: {error}") from None
 
 
 def choose_mode(mode: str, name: str, weights: UNetWeights, base: BaseWeights) -> tuple[str, str]:
     """(difference or replace, why): what the user chose, the file declares, or comparing with the base weights says."""
-    mode, why = _mode_of(mode, name, weights, base)
+    if mode not in MODES:
+        raise ValueError(f"mode: {quoted(mode)} is none of its choices; set it to {either(MODES)}.")
+    mode, why = _mode_of(mode, weights, base)
     if mode == "replace" and weights.partial:
-        raise ValueError(f"mode: {name} holds some of the query, key and value weights that lie together in "
+        raise ValueError(f"mode: {quoted(name)} holds some of the query, key and value weights that lie together in "
                          f"{weights.partial[0]}, which can be added but not replaced ({why}); set mode to difference "
                          "or choose a file with all three.")
     return mode, why
 
 
-def _mode_of(mode: str, name: str, weights: UNetWeights, base: BaseWeights) -> tuple[str, str]:
+def _mode_of(mode: str, weights: UNetWeights, base: BaseWeights) -> tuple[str, str]:
     if mode != "auto":
         return mode, "as chosen"
-    declared = read_metadata(find_file(name, FOLDERS, "unet_name")).get(MODE_KEY)
-    if declared in ("difference", "replace"):
-        return declared, "auto: the file says so"
+    if weights.declared in MODES[1:]:
+        return weights.declared, "auto: the file says so"
     likeness = compare(weights.tensors, base)
     resemble = "resemble" if likeness.mode == "replace" else "do not resemble"
     return likeness.mode, (f"auto: they {resemble} the MODEL's own, with cosine {likeness.cosine:.2f} and "
@@ -106,8 +112,9 @@ def remarks(weights: UNetWeights) -> str:
     """What else to tell about a file that was read: keys that were left out, a base that looks wrong."""
     text = ""
     if weights.left_out:
-        names = ", ".join(weights.left_out[:NAMED_KEYS]) + (", ..." if len(weights.left_out) > NAMED_KEYS else "")
-        text += f" {len(weights.left_out)} tensors that this MODEL lacks were left out: {names}."
+        names = ", ".join(quoted(key) for key in weights.left_out[:NAMED_KEYS])
+        more = ", ..." if len(weights.left_out) > NAMED_KEYS else ""
+        text += f" {len(weights.left_out)} tensors that this MODEL lacks were left out: {names}{more}."
     if weights.other_base:
         text += f" All of them fit this MODEL, yet they look made for {weights.other_base}."
     return text

@@ -4,12 +4,16 @@ import hashlib
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import comfy.utils
 import folder_paths
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
+
+from ...controlnext_core.sentences import quoted
 
 UNLISTED = ".part"  # an ending that no list of files has
 
@@ -19,15 +23,19 @@ def list_files(kinds: tuple[str, ...]) -> list[str]:
     return sorted({name for kind in kinds for name in folder_paths.get_filename_list(kind)}, key=str.lower)
 
 
+def _path_of(name: str, kinds: tuple[str, ...]) -> str | None:
+    """Full path of a listed file; the first folder that has it wins. None: it is in none, or no file at all."""
+    return next(filter(None, (folder_paths.get_full_path(kind, name) for kind in kinds)), None)
+
+
 def find_file(name: str, kinds: tuple[str, ...], input_name: str) -> str:
-    """Full path of a listed file; the first folder that has it wins. FileNotFoundError names input and folders."""
-    for kind in kinds:
-        path = folder_paths.get_full_path(kind, name)
-        if path is not None:
-            return path
-    folders = " or ".join(f"models/{kind}" for kind in kinds)
-    raise FileNotFoundError(f"{input_name}: {name} was not found in {folders}; put the file there and press R to "
-                            f"refresh.")
+    """Full path of a listed file. FileNotFoundError names input and folders."""
+    path = _path_of(name, kinds)
+    if path is None:
+        folders = " or ".join(f"models/{kind}" for kind in kinds)
+        raise FileNotFoundError(f"{input_name}: {quoted(name)} was not found in {folders}; put the file there and "
+                                f"press R to refresh.")
+    return path
 
 
 def fingerprint(*paths: str) -> str:
@@ -37,21 +45,33 @@ def fingerprint(*paths: str) -> str:
 
 
 def fingerprint_listed(name: str | None, kinds: tuple[str, ...], input_name: str) -> str:
-    """The ``fingerprint`` of a listed file; of all for None, as ComfyUI calls beforehand what comes over a link."""
-    names = list_files(kinds) if name is None else [name]
-    return fingerprint(*(find_file(name, kinds, input_name) for name in names))
+    """The ``fingerprint`` of a listed file; of all for None, as ComfyUI calls beforehand what comes over a link.
+
+    ComfyUI lists what is no file too, a link that leads nowhere for one: among all it counts for nothing.
+    """
+    if name is not None:
+        return fingerprint(find_file(name, kinds, input_name))
+    return fingerprint(*filter(None, (_path_of(listed, kinds) for listed in list_files(kinds))))
 
 
-def read_state_dict(path: str, name: str, input_name: str) -> dict:
-    """{key: tensor} of a .safetensors, .bin or .pt file; pickles are read with weights only.
+def read_weights(path: str, name: str, input_name: str) -> tuple[dict, dict[str, str]]:
+    """({key: tensor}, metadata) of a .safetensors, .sft, .bin or .pt file; pickles, read with weights only, have none.
 
     Raises:
-        ValueError: an empty, damaged or truncated file, or a pickle that holds more than weights (it is not run).
+        ValueError: an empty, damaged, truncated or locked file, or a pickle that holds more than weights (it is not
+            run).
     """
-    if os.path.getsize(path) == 0:
+    name = quoted(name)
+    try:
+        with open(path, "rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise ValueError(f"{input_name}: {name} cannot be opened ({error.strerror}); give ComfyUI the right to read "
+                         f"it.") from error
+    if empty:
         raise ValueError(f"{input_name}: {name} is empty (0 bytes); download it again.")
     try:
-        state_dict = comfy.utils.load_torch_file(path, safe_load=True)
+        state_dict, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{input_name}: {name} is damaged or holds more than weights, so it was not opened; download "
                          f"it again, as .safetensors if you can.") from error
@@ -61,20 +81,15 @@ def read_state_dict(path: str, name: str, input_name: str) -> dict:
     if not isinstance(state_dict, dict):
         raise ValueError(f"{input_name}: {name} holds a {type(state_dict).__name__} where named weights are expected; "
                          f"choose another file.")
-    return state_dict
+    return state_dict, metadata or {}
 
 
-def read_metadata(path: str) -> dict[str, str]:
-    """What a .safetensors file that can be read says of itself; nothing for other files."""
-    if not path.endswith(".safetensors"):
-        return {}
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
-
-
-def load_state_dict(name: str, kinds: tuple[str, ...], input_name: str) -> dict:
-    """``find_file`` and ``read_state_dict`` in one."""
-    return read_state_dict(find_file(name, kinds, input_name), name, input_name)
+def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as a .safetensors file takes them: on the host, contiguous, none in the memory of another."""
+    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    owners = Counter(value.untyped_storage().data_ptr() for value in tensors.values())
+    return {key: value.clone() if owners[value.untyped_storage().data_ptr()] > 1 else value
+            for key, value in tensors.items()}
 
 
 @contextmanager
@@ -98,5 +113,5 @@ def write_whole(path: str) -> Iterator[str]:
         if not isinstance(reason, (OSError, SafetensorError)):
             raise
         reason = getattr(reason, "strerror", reason)
-        raise ValueError(f"filename_prefix: {name} could not be written ({reason}), and what was there before is "
-                         "unchanged; make room on the disk or choose another folder.") from error
+        raise ValueError(f"filename_prefix: {quoted(name)} could not be written ({reason}), and what was there before "
+                         "is unchanged; make room on the disk or choose another folder.") from error

@@ -15,7 +15,7 @@ from comfy_api.latest import io
 from ...controlnext_core.checkpoint import open_checkpoint
 from ...controlnext_core.release_files import FAMILY_KEY, PLACE_KEY, with_scale
 from .feature_cache import FeatureCache, limit_from_environment
-from .files import find_file, fingerprint, read_metadata, read_state_dict
+from .files import find_file, fingerprint, read_weights
 
 FOLDERS = ("controlnext", "controlnet")
 ControlNeXtType = io.Custom("CONTROLNEXT")
@@ -33,9 +33,11 @@ class LoadedModule:
         state_dict: from a file or a training.
         reload: (function, arguments) that give this ModelPatcher again, for when ComfyUI needs a copy of its own.
         load_device: where it runs, if not where ComfyUI runs models.
+        metadata: what the file says of itself.
     """
 
-    def __init__(self, state_dict: dict, name: str, reload: tuple, disable_dynamic: bool = False, load_device=None):
+    def __init__(self, state_dict: dict, name: str, reload: tuple, disable_dynamic: bool = False, load_device=None,
+                 metadata: Mapping[str, str] | None = None):
         try:
             checkpoint = open_checkpoint(state_dict, name, operations=comfy.ops.manual_cast,
                                          device=comfy.model_management.unet_offload_device())
@@ -47,7 +49,7 @@ class LoadedModule:
                                      offload_device=comfy.model_management.unet_offload_device())
         checkpoint.load_weights(assign=self.patcher.is_dynamic())
         self.patcher.cached_patcher_init = reload
-        self.checkpoint, self.name = checkpoint, name
+        self.checkpoint, self.name, self.metadata = checkpoint, name, metadata or {}
         self._copies: dict[torch.device, LoadedModule] = {}
         limit = limit_from_environment()
         self.features = FeatureCache(limit, self.patcher.offload_device)
@@ -131,8 +133,8 @@ class ControlNeXt:
 
 def load_module(path: str, name: str, disable_dynamic: bool = False) -> LoadedModule:
     """Read a file anew."""
-    return LoadedModule(read_state_dict(path, name, "controlnext_name"), name, (load_patcher, (path, name)),
-                        disable_dynamic)
+    state_dict, metadata = read_weights(path, name, "controlnext_name")
+    return LoadedModule(state_dict, name, (load_patcher, (path, name)), disable_dynamic, metadata=metadata)
 
 
 def load_patcher(path: str, name: str, disable_dynamic: bool = False):
@@ -148,10 +150,9 @@ def load_controlnext(name: str, variant: str) -> ControlNeXt:
     if loaded is None:
         loaded = _loaded[key] = load_module(path, name)
     loaded.checkpoint.check_variant(variant)
-    metadata = read_metadata(path)
     if variant == "auto":
-        variant = loaded.checkpoint.known_family(metadata.get(FAMILY_KEY))
-    return ControlNeXt(loaded, variant, name, place=metadata.get(PLACE_KEY))
+        variant = loaded.checkpoint.known_family(loaded.metadata.get(FAMILY_KEY))
+    return ControlNeXt(loaded, variant, name, place=loaded.metadata.get(PLACE_KEY))
 
 
 def trained_controlnext(state_dict: Mapping, family: str, name: str, unet_differences: Mapping,

@@ -54,7 +54,14 @@ class Transformer:
     adds_in_place: bool = False
 
 
-UNET_BASES = {comfy.model_base.SVD_img2vid: "svd", comfy.model_base.SDXL: "sdxl", comfy.model_base.BaseModel: "sd15"}
+# {ComfyUI's class of the model around it: (base, width of its context)}, the first one that fits speaks
+UNET_BASES = {comfy.model_base.SVD_img2vid: ("svd", 1024), comfy.model_base.SDXL: ("sdxl", 2048),
+              comfy.model_base.BaseModel: ("sd15", 768)}
+# {class of ComfyUI's model config: name} of UNets that are built like those, but compute with other features
+LOOK_ALIKES = {"SD20": "SD2", "SD21UnclipL": "SD2.1 unCLIP", "SD21UnclipH": "SD2.1 unCLIP", "LotusD": "Lotus",
+               "SD_X4Upscaler": "SD x4 upscaler", "Stable_Zero123": "Stable Zero123", "SDXLRefiner": "SDXL refiner",
+               "SSD1B": "SSD-1B", "Segmind_Vega": "Segmind Vega", "KOALA_700M": "KOALA", "KOALA_1B": "KOALA",
+               "SV3D_u": "SV3D", "SV3D_p": "SV3D"}
 TRANSFORMERS = {
     OpenAISignatureMMDITWrapper: Transformer({comfy.model_base.SD3: "sd3"}, "hidden_size", "joint_blocks"),
     Flux: Transformer({comfy.model_base.Flux2: "flux2", comfy.model_base.Flux: "flux"}, "hidden_size", "double_blocks",
@@ -105,12 +112,22 @@ def _row(denoiser) -> Transformer | None:
 
 def base_of(base_model, denoiser) -> str | None:
     """The base (a key of ``BASES``) of a BaseModel around this denoiser, None for another one."""
+    config = base_model.model_config
     if isinstance(denoiser, UNetModel):
-        bases = UNET_BASES
+        width = None if type(config).__name__ in LOOK_ALIKES else config.unet_config.get("context_dim")
+        bases = {kind: base for kind, (base, context) in UNET_BASES.items() if context == width}
     else:
         row = _row(denoiser)
         bases = row.bases if row else {}
     return next((base for kind, base in bases.items() if isinstance(base_model, kind)), None)
+
+
+def kind_of(base_model, denoiser) -> str:
+    """What a MODEL of no base is called."""
+    config = type(base_model.model_config).__name__
+    if config in LOOK_ALIKES or not isinstance(denoiser, UNetModel):
+        return LOOK_ALIKES.get(config, config)
+    return f"{config} with a context of {base_model.model_config.unet_config.get('context_dim')}"
 
 
 def blocks_of(denoiser) -> list:

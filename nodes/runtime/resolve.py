@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from ...controlnext_core.bases import BASES, either, listed
 from ...controlnext_core.families import Family
 from ...controlnext_core.families import resolve as family_for
+from ...controlnext_core.sentences import quoted
 from .loaded import ControlNeXt
-from .places import Place, base_of, places_of, unwrapped
+from .places import Place, base_of, kind_of, places_of, unwrapped
 from .settings import Settings
 from .strength_over_time import StrengthOverTime
 
@@ -72,7 +73,8 @@ def base_of_model(model: RunningModel) -> str:
     base = base_of(model.base_model, model.denoiser)
     if base is None:
         raise ValueError(f"model: ControlNeXt steers {listed(base.title for base in BASES.values())} models; the "
-                         f"connected MODEL is a {type(model.base_model).__name__}, which is not supported yet.")
+                         f"connected MODEL is a {kind_of(model.base_model, model.denoiser)}, which is not supported "
+                         "yet; connect one of those.")
     return base
 
 
@@ -121,5 +123,5 @@ def _place(model: RunningModel, controlnext: ControlNeXt, name: str) -> Place:
     found = f"is {places[name].channels} channels wide there" if name in places else "has no such place"
     advice = (f"set inject_at to {either(fitting)}" if fitting
               else "none of its places fits, so choose a ControlNeXt file made for this MODEL")
-    raise ValueError(f"inject_at: {controlnext.name} gives {channels} channels and should enter at {name}, but the "
-                     f"connected MODEL {found}; {advice}.")
+    raise ValueError(f"inject_at: {quoted(controlnext.name)} gives {channels} channels and should enter at "
+                     f"{quoted(name)}, but the connected MODEL {found}; {advice}.")

@@ -8,6 +8,7 @@ from ...controlnext_core.families import resolve
 from ...controlnext_core.layouts import solve_widths
 from ...controlnext_core.module import ControlNeXtModule, new_module
 from ...controlnext_core.release_files import with_scale
+from ...controlnext_core.sentences import quoted
 from ...controlnext_core.training import select_weights
 from ...controlnext_core.unet_keys import Target
 from ..runtime.loaded import ControlNeXt
@@ -16,6 +17,7 @@ from ..runtime.resolve import base_of_model, family_of, model_of
 from .session import TrainingControl
 
 WITH_UNET = "module and UNet weights"
+CLEAR = "clear it to train those that the reference trains"
 
 
 def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "auto",
@@ -32,8 +34,8 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
     if inject_at == "auto":
         inject_at = controlnext and controlnext.place or family.place
     if inject_at not in places:
-        raise ValueError(f"inject_at: control of {family.name} should enter at {inject_at}, a place that the "
-                         f"connected MODEL lacks; set inject_at to {either(list(places))}.")
+        raise ValueError(f"inject_at: control of {family.name} should enter at {quoted(inject_at)}, a place that "
+                         f"the connected MODEL lacks; set inject_at to {either(list(places))}.")
     place = places[inject_at]
     if controlnext is None:
         state_dict = new_module(family, seed, out=place.channels).state_dict()
@@ -43,9 +45,9 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
         state_dict = {key: value.float() for key, value in found.state_dict.items()}
         scale = found.scale
         if found.module.out_channels != place.channels:
-            raise ValueError(f"controlnext: {controlnext.name} gives {found.module.out_channels} channels where the "
-                             f"connected MODEL takes {place.channels} at {inject_at}; connect the MODEL that it is "
-                             "for, or train a new one.")
+            raise ValueError(f"controlnext: {quoted(controlnext.name)} gives {found.module.out_channels} channels "
+                             f"where the connected MODEL takes {place.channels} at {inject_at}; connect the MODEL that "
+                             "it is for, or train a new one.")
     widths = solve_widths({key: value.shape for key, value in state_dict.items()})
     module = ControlNeXtModule(widths, list(state_dict), operations=comfy.ops.manual_cast, dtype=torch.float32,
                                scale=scale if learns_scale else None)
@@ -59,15 +61,18 @@ def start_differences(model, names: dict[str, Target], shapes: dict[str, tuple],
     found = {}
     if settings.trainable == WITH_UNET:
         pattern = settings.unet_pattern or BASES[base_of_model(model_of(model))].unet_pattern
-        found = {name: torch.zeros(target.shape(shapes[target.key]))
-                 for name, target in select_weights(names, pattern).items()}
-        if not found:
-            raise ValueError(f"unet_pattern: no UNet weight of the connected MODEL has {pattern} in its name; clear it "
-                             "to train those that the reference trains.")
+        try:
+            selected = select_weights(names, pattern)
+        except ValueError as error:
+            raise ValueError(f"unet_pattern: {error}; {CLEAR}.") from None
+        if not selected:
+            raise ValueError(f"unet_pattern: no UNet weight of the connected MODEL has {quoted(pattern)} in its name; "
+                             f"{CLEAR}.")
+        found = {name: torch.zeros(target.shape(shapes[target.key])) for name, target in selected.items()}
     given = controlnext.unet_differences if controlnext else {}
     if foreign := given.keys() - names.keys():
-        raise ValueError(f"controlnext: {controlnext.name} was trained with UNet weights that the connected MODEL "
-                         f"lacks ({min(foreign)}); connect the MODEL that it is for.")
+        raise ValueError(f"controlnext: {quoted(controlnext.name)} was trained with UNet weights that the connected "
+                         f"MODEL lacks ({quoted(min(foreign))}); connect the MODEL that it is for.")
     found |= given
     weights = dict(model.model.diffusion_model.named_parameters())
     if any(not weights[names[name].key].is_floating_point() for name in found if names[name].key in weights):
