@@ -36,7 +36,8 @@ class ControlNeXtApply(io.ComfyNode):
                                tooltip="The control image (edges, pose, depth, mask ...), resized to the picture. "
                                        "One for the whole batch, or one per picture or video frame."),
                 io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01,
-                               tooltip="How strongly control acts. 1 is as the model was trained, 0 is off."),
+                               tooltip="How strongly control acts. 1 is as most models were trained, 0.35 as the SDXL "
+                                       "Canny weights were; 0 is off."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
                                tooltip="When control begins: 0 is the first step of the sampling, 1 the last."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,

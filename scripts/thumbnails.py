@@ -4,7 +4,8 @@
     python scripts/thumbnails.py "SD3 Canny" "SD3 Super Resolution"
 
 Each workflow, or each one named, is opened in ComfyUI's frontend (Chromium on PATH) and runs as it stands in the file,
-but for this: the files are those of the small model of its base, with its place of control; the picture is a drawing
+but for this: the files are those of the small model of its base, with its place of control and, for the release's
+strengths, those of controls that were trained at 1; the picture is a drawing
 with its own size and prompt; and the drawing's silhouette stands for what needs models that cannot be had here
 (background removal, depth). Training is on the drawings that the small model was trained on, which npm fetches, with
 SETTINGS; the ControlNet to learn from is the one of benchmarks/convergence.py, which trains it first. There is no small
@@ -39,6 +40,7 @@ SHEETS = {"Tiled Upscale with Control": ["open lock", "rooster", "camera", "hors
 POSES = {"SD1.5 Pose": (1, 1), "SVD Pose Video": (3, 1), "SVD Long Pose Video": (3, 2)}  # columns and rows of people
 GRAPHS = {"Flux Canny": 1, "Wan Canny Video": 2}  # the group that the picture begins with
 SAMPLING = {"sd15": {"steps": 20, "cfg": 2.0}, "sd3": {name: demo.OWN[name] for name in ("steps", "cfg")}}
+STRENGTHS = {0.35: 1.0, 0.21: 0.6}  # the SDXL Canny weights' in the files, and what they are of controls trained at 1
 CONTROLS = ("canny", "super_resolution")  # that the small models have by these names; mask stands for others
 TRAINING = "drawings"  # the folder of pictures to train on, in the input folder
 TEACHER = "drawings_canny_teacher.safetensors"  # the ControlNet to learn from
@@ -158,7 +160,10 @@ def on_small_model(prompt: dict, options: argparse.Namespace, files: list[str], 
             inputs["controlnext_name"] = own(inputs["controlnext_name"], "controlnet")
         elif kind == "ControlNeXtUNetLoader":
             inputs["unet_name"] = own(inputs["unet_name"], "unet")
+        elif kind == "ControlNetApplyAdvanced":
+            inputs["strength"] = STRENGTHS.get(inputs["strength"], inputs["strength"])
         elif kind == "ControlNeXtApply":
+            inputs["strength"] = STRENGTHS.get(inputs["strength"], inputs["strength"])
             # the released mask control has none, ours does
             if not kinds & {"ControlNeXtUNetLoader", "ControlNeXtTrain"}:
                 prompt["unet_weights"] = {"class_type": "ControlNeXtUNetLoader", "inputs": {
