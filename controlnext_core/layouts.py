@@ -122,7 +122,7 @@ def solve_widths(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         right = [widths[name] if isinstance(name, str) else name for name in names]
         if list(shapes[key]) != right:
             raise ValueError(f"tensor {key} has shape {list(shapes[key])} where {right} is expected")
-    if len(shapes.get("scale", ())) > 1 or 0 in shapes.get("scale", ()):
+    if tuple(shapes.get("scale", ())) not in ((), (1,)):
         raise ValueError(f"tensor scale has shape {quoted(list(shapes['scale']))} where a single number is expected")
     _check_widths(widths, expected)
     return widths

@@ -63,9 +63,10 @@ VARIANTS = {  # more of Wan
 NARROW = dict(time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)  # of a module that is quick
 
 
-def unet_model(base: str, dtype=torch.float32, device=None, **changes) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL of ComfyUI's class for ``base``, its weights not filled."""
+def unet_model(base: str, dtype=torch.float32, device=None, kind=None, **changes) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL of ComfyUI's class for ``base``, or of another ``kind`` that is built like it, its weights not filled."""
     model_class, config = UNETS[base]
+    model_class = kind or model_class
     config = {"image_size": 32, "model_channels": 320, "use_spatial_transformer": True, "dtype": dtype, "legacy": False,
               **config, **changes}
     return _patcher(model_class(config), dtype, device)
@@ -74,7 +75,9 @@ def unet_model(base: str, dtype=torch.float32, device=None, **changes) -> comfy.
 def _patcher(model_config, dtype, device) -> comfy.model_patcher.ModelPatcher:
     # what 8 bits hold is computed in more
     model_config.set_inference_dtype(dtype, torch.float32 if dtype.itemsize == 1 else None)
-    model = model_config.get_model({}, device=device)
+    projection = {"cc_projection.weight": torch.zeros(768, 772), "cc_projection.bias": torch.zeros(768)}  # Zero123's
+    with torch.no_grad():
+        model = model_config.get_model(projection, device=device)
     return comfy.model_patcher.CoreModelPatcher(model, comfy.model_management.get_torch_device(),
                                                 comfy.model_management.unet_offload_device())
 

@@ -8,7 +8,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import pytest
 import torch
-from models import narrowed, small_sd3, small_unet
+from models import SMALL, WIDTH, narrowed, small_sd3, small_unet, unet_model
 from safetensors.torch import save, save_file
 
 
@@ -214,6 +214,72 @@ def test_a_model_of_no_known_base_is_not_supported_yet(apply):
     with pytest.raises(ValueError) as raised:
         apply(model)
     assert "models; the connected MODEL is a AuraFlow, which is not supported yet" in one_sentence(raised)
+
+
+LOOK_ALIKES = {  # {ComfyUI's class: (what it is built like, what differs, its name)}
+    "SD20": ("sd15", dict(context_dim=1024), "SD2"),
+    "SD21UnclipL": ("sd15", dict(context_dim=1024, adm_in_channels=1536, num_classes="sequential"), "SD2.1 unCLIP"),
+    "SD_X4Upscaler": ("sd15", dict(context_dim=1024, in_channels=7, num_classes=1000, num_res_blocks=[1] * 4,
+                                   channel_mult=[1] * 4, transformer_depth=[0, 1, 1, 1],
+                                   transformer_depth_output=[0, 0, 1, 1, 1, 1, 1, 1]), "SD x4 upscaler"),
+    "LotusD": ("sd15", dict(context_dim=1024, adm_in_channels=4, num_classes="sequential"), "Lotus"),
+    "Stable_Zero123": ("sd15", dict(in_channels=8), "Stable Zero123"),
+    "SDXLRefiner": ("sdxl", dict(context_dim=1280, adm_in_channels=2560), "SDXL refiner"),
+    "SSD1B": ("sdxl", {}, "SSD-1B"), "Segmind_Vega": ("sdxl", {}, "Segmind Vega"), "KOALA_1B": ("sdxl", {}, "KOALA"),
+    "SV3D_u": ("svd", dict(adm_in_channels=256), "SV3D"), "SV3D_p": ("svd", dict(adm_in_channels=1280), "SV3D"),
+    "SD15": ("sd15", dict(context_dim=1024), "SD15 with a context of 1024"),
+}
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("kind", LOOK_ALIKES)
+def test_a_model_that_is_built_like_a_base_is_refused_by_its_name(run, apply, loader, kind):
+    base, changes, name = LOOK_ALIKES[kind]
+    model = unet_model(base, kind=getattr(comfy.supported_models, kind), **SMALL | changes)
+    save_file({"conv_in.bias": torch.zeros(WIDTH)}, loader.folder / "unet.safetensors")
+    for refused in (lambda: apply(model, family=base),
+                    lambda: run("ControlNeXtUNetLoader", model=model, unet_name="unet.safetensors", strength=1.0,
+                                mode="auto"),
+                    lambda: run("ControlNeXtSaveAsLoRA", model=model, unet_name="unet.safetensors", rank=0,
+                                filename_prefix="refused")):
+        with pytest.raises(ValueError) as raised:
+            refused()
+        assert f"the connected MODEL is a {name}, which is not supported yet; connect one of" in one_sentence(raised)
+
+
+@pytest.mark.parametrize("base, changes", [
+    ("sd15", dict(in_channels=9)), ("sdxl", dict(in_channels=9)),  # inpainting
+    ("sd15", dict(in_channels=8, kind=comfy.supported_models.SD15_instructpix2pix)),
+    ("sdxl", dict(in_channels=8, kind=comfy.supported_models.SDXL_instructpix2pix)),
+])
+def test_models_of_a_base_that_take_a_picture_beside_the_noise_are_controlled(run, apply, loader, base, changes):
+    model = unet_model(base, **SMALL | changes)
+    save_file({"conv_in.bias": torch.zeros(WIDTH)}, loader.folder / "unet.safetensors")
+    assert apply(model, family=base).model is model.model
+    assert run("ControlNeXtUNetLoader", model=model, unet_name="unet.safetensors", strength=1.0, mode="auto").patches
+
+
+@pytest.mark.parametrize("node, name", [("ControlNeXtLoader", "controlnext_name"),
+                                        ("ControlNeXtUNetLoader", "unet_name")])
+def test_a_name_of_any_length_is_quoted_short(run, sd15, node, name):
+    inputs = {"variant": "auto"} if node == "ControlNeXtLoader" else dict(model=sd15, strength=1.0, mode="auto")
+    with pytest.raises(FileNotFoundError) as raised:
+        run(node, **{name: "a\nb/" * 2000 + ".bin"}, **inputs)
+    one_sentence(raised)
+
+
+def test_a_file_that_must_not_be_read_says_so(pack, tmp_path):
+    """A folder, which the system refuses to open as it does a locked file."""
+    with pytest.raises(ValueError) as raised:
+        pack("nodes.runtime.files").read_weights(str(tmp_path), "locked.safetensors", "unet_name")
+    assert "unet_name: locked.safetensors cannot be opened (" in one_sentence(raised)
+
+
+def test_a_mode_that_is_no_choice_lists_the_choices(run, loader, sd15):
+    save_file({"conv_in.bias": torch.zeros(WIDTH)}, loader.folder / "unet.safetensors")
+    with pytest.raises(ValueError) as raised:
+        run("ControlNeXtUNetLoader", model=sd15, unet_name="unet.safetensors", strength=1.0, mode="x")
+    assert "set it to auto or difference or replace" in one_sentence(raised)
 
 
 def test_a_file_for_a_unet_does_not_fit_a_transformer(apply):

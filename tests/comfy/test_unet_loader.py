@@ -8,10 +8,12 @@ import sys
 import folder_paths
 import pytest
 import torch
-from models import small_unet
+from models import WIDTH, small_unet
 from safetensors.torch import save_file
 from sampling import cond, sample
 
+from controlnext_core.families import FAMILIES
+from controlnext_core.module import new_module
 from controlnext_core.unet_keys import diffusers_to_ldm
 
 ATTENTION = "input_blocks.1.1.transformer_blocks.0.attn2.to_out.0.weight"
@@ -241,6 +243,32 @@ def test_bad_files_are_one_sentence_that_names_the_input(unet, run, models_folde
     write(models_folder / "controlnext" / "bad.safetensors")
     with pytest.raises(ValueError, match=message):
         run("ControlNeXtUNetLoader", model=unet, unet_name="bad.safetensors", strength=1.0, mode="auto")
+
+
+def test_a_file_with_unet_and_control_gives_each_loader_its_part(unet, run, load, models_folder, caplog):
+    """As DeepSpeed saves a training of the authors' code."""
+    file = differences(unet)
+    control = new_module(FAMILIES["sd15"], out=WIDTH).state_dict()
+    both = {f"unet.{key}": value for key, value in file.items()} | {
+        f"controlnext.{key}": value for key, value in control.items()}
+    with caplog.at_level(logging.INFO):
+        model = load(unet, both, name="pytorch_model.bin")
+    assert "left out" not in caplog.text
+    assert_equal_weights(model, {key: original(unet)[key] + value for key, value in file.items()}, file)
+    loaded = run("ControlNeXtLoader", controlnext_name="pytorch_model.bin", variant="auto").patcher.model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in control.items())
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl", "svd"])
+@pytest.mark.parametrize("kept", [1, 3])
+def test_differences_that_lack_tensors_are_added_where_they_are(load, base, kept):
+    """The authors' tool leaves out what training has hardly changed."""
+    unet = small_unet(base)
+    names = {key: name for name, key in diffusers_to_ldm(original(unet)).items()}
+    file = {key: value.half() for key, value in list(differences(unet, keys=("to_out", "to_v")).items())[:kept]}
+    model = load(unet, {names[key]: value for key, value in file.items()}, name="increments.bin")
+    assert len(model.patches) == kept
+    assert_equal_weights(model, {key: original(unet)[key] + value for key, value in file.items()}, file)
 
 
 def test_weights_for_sdxl_on_sd15_are_an_error_that_names_both(unet, load):

@@ -7,8 +7,8 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
-from models import small_unet
-from safetensors.torch import load_file, save_file
+from models import WIDTH, small_unet
+from safetensors.torch import load_file
 from test_unet_loader import assert_equal_weights, differences, full, original, patched
 
 from controlnext_core.unet_keys import diffusers_to_ldm
@@ -24,15 +24,14 @@ def unet(request):
 
 @pytest.fixture
 def save(comfy_nodes, models_folder):
-    """save(model, tensors, rank): path of the LoRA file that the node writes for them."""
+    """save(model, tensors, rank, mode=...): path of the LoRA file that the node writes for them."""
     output_folder = Path(folder_paths.get_output_directory())
     folder_paths.add_model_folder_path("loras", str(output_folder / "loras"))  # as ComfyUI's main.py does
 
-    def save_as_lora(model, tensors: dict, rank: int = 0):
+    def save_as_lora(model, tensors: dict, rank: int = 0, **mode):
         names = {key: name for name, key in diffusers_to_ldm(original(model)).items()}
-        file = {names[key]: value for key, value in tensors.items()}
-        save_file(file, models_folder / "controlnext" / "unet.safetensors")
-        output = comfy_nodes["ControlNeXtSaveAsLoRA"].execute("unet.safetensors", model, "loras/ControlNeXt", rank)
+        torch.save({names[key]: value for key, value in tensors.items()}, models_folder / "controlnext" / "unet.bin")
+        output = comfy_nodes["ControlNeXtSaveAsLoRA"].execute("unet.bin", model, "loras/ControlNeXt", rank, **mode)
         return output_folder / output.ui.as_dict()["text"][0].split(":")[0]
     return save_as_lora
 
@@ -44,9 +43,26 @@ def test_a_full_lora_gives_the_weights_that_the_loader_gives(unet, run, save, fi
     assert {value.ndim for value in tensors.values()} >= {1, 2, 4}
     path = save(unet, tensors)
     stock = run("LoraLoaderModelOnly", model=unet, lora_name=path.name, strength_model=strength)
-    ours = run("ControlNeXtUNetLoader", model=unet, unet_name="unet.safetensors", strength=strength, mode="auto")
+    ours = run("ControlNeXtUNetLoader", model=unet, unet_name="unet.bin", strength=strength, mode="auto")
     assert stock.patches.keys() == ours.patches.keys()
     assert_equal_weights(stock, ours, tensors)
+
+
+@pytest.mark.parametrize("mode", ["difference", "replace"])
+def test_the_mode_can_be_chosen_as_on_the_loader(unet, run, save, mode):
+    tensors = full(unet) if mode == "difference" else differences(unet)  # of which auto would say the other
+    path = save(unet, tensors, mode=mode)
+    stock = run("LoraLoaderModelOnly", model=unet, lora_name=path.name, strength_model=1.0)
+    ours = run("ControlNeXtUNetLoader", model=unet, unet_name="unet.bin", strength=1.0, mode=mode)
+    assert_equal_weights(stock, ours, tensors)
+
+
+def test_tensors_that_share_memory_are_saved(unet, save):
+    keys = [key for key, value in original(unet).items() if value.shape == (WIDTH,)][:3]
+    whole = torch.arange(WIDTH + 1.0)
+    tensors = {keys[0]: whole[:WIDTH], keys[1]: whole[1:], keys[2]: whole[:WIDTH]}
+    lora = load_file(save(unet, tensors))
+    assert sorted(value[0].item() for value in lora.values()) == [0.0, 0.0, 1.0]
 
 
 def test_the_stock_node_for_model_and_clip_takes_it_too(unet, run, save):

@@ -5,6 +5,7 @@ import torch
 
 from controlnext_core.checkpoint import open_checkpoint
 from controlnext_core.families import FAMILIES, resolve
+from controlnext_core.module import new_module
 
 OTHER_FILES = {
     "a full ControlNet": ["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"],
@@ -75,9 +76,79 @@ def test_weights_that_cannot_be_used_are_named(goldens):
             open_checkpoint(goldens.state_dict("sd15") | {"down_res.1.norm2.bias": bad}, "f")
 
 
-def test_empty_file_is_said_to_be_empty():
-    with pytest.raises(ValueError, match="f holds no tensors"):
-        open_checkpoint({}, "f")
+@pytest.mark.parametrize("file", [{}, {1: torch.zeros(2)}, {"state_dict": None}, {"state_dict": {"x": torch.zeros(2)}}])
+def test_a_file_without_named_tensors_says_so(file):
+    with pytest.raises(ValueError, match="f holds no tensors with names"):
+        open_checkpoint(file, "f")
+
+
+@pytest.mark.parametrize("prefix", ["controlnext.", "controlnet.", "module.controlnext."])
+def test_a_control_beside_its_unet_is_read(goldens, prefix):
+    """As DeepSpeed saves both in one file."""
+    state_dict = goldens.state_dict("svd_mid")
+    unet = {f"{prefix.rpartition('control')[0]}unet.conv_in.weight": torch.zeros(320, 8, 3, 3)}
+    checkpoint = open_checkpoint(unet | {prefix + key: value for key, value in state_dict.items()}, "pytorch_model.bin")
+    assert checkpoint.layout == "video_mid"
+    assert checkpoint.state_dict.keys() == state_dict.keys() - {"scale"}
+
+
+WITHOUT_NUMBERS = {
+    "sparse": lambda tensor: tensor.to_sparse(), "a mere shape": lambda tensor: tensor.to("meta"),
+    "repeated": lambda tensor: torch.zeros(1).expand(10 ** 9, 10 ** 9),
+    "nested": lambda tensor: torch.nested.nested_tensor([tensor, tensor[1:]]),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT_NUMBERS)
+def test_a_tensor_that_does_not_hold_all_its_numbers_is_named(goldens, what):
+    file = goldens.state_dict("sd15")
+    file["mid_convs.1.weight"] = WITHOUT_NUMBERS[what](file["mid_convs.1.weight"])
+    with pytest.raises(ValueError, match="tensor mid_convs.1.weight does not hold all of its numbers"):
+        open_checkpoint(file, "f")
+
+
+@pytest.mark.parametrize("key", ["time_embedding.linear_1.weight", "mid_convs.1.bias", "embedding.0.weight", "scale"])
+@pytest.mark.parametrize("shape", [(4,), (1, 1), (0,), (1, 0), (1,) * 300])
+def test_a_tensor_of_another_rank_or_of_no_size_is_named(goldens, key, shape):
+    with pytest.raises(ValueError, match=f"tensor {key} has shape .* expected; download") as raised:
+        open_checkpoint(goldens.state_dict("sd15") | {key: torch.zeros(shape)}, "f")
+    assert len(str(raised.value)) < 500
+
+
+def module(family: str = "sd15", **widths) -> dict:
+    return new_module(FAMILIES[family], **widths).state_dict()
+
+
+NO_MODULE = {  # all their tensors agree
+    "time_embedding.linear_1.weight takes 127 frequencies": lambda: module(frequencies=127),
+    "down_res.0.conv1.weight takes images of 4 channels": lambda: module("sd15_mid", width_0=4),
+    "down_res.1.conv_shortcut.weight is missing": lambda: {
+        key: value for key, value in module().items() if "conv_shortcut" not in key},
+    "must be divisible by": lambda: module() | {
+        "embedding.0.weight": torch.zeros(63, 3, 3, 3), "embedding.3.weight": torch.zeros(64, 63, 3, 3),
+        **dict.fromkeys(("embedding.0.bias", "embedding.1.weight", "embedding.1.bias"), torch.zeros(63))},
+}
+
+
+@pytest.mark.parametrize("words", NO_MODULE)
+def test_widths_that_no_module_can_have_are_an_error(words):
+    with pytest.raises(ValueError, match=f"f does not fit any ControlNeXt model: .*{words}"):
+        open_checkpoint(NO_MODULE[words](), "f")
+
+
+def test_a_stage_of_any_number_is_an_error_at_once(goldens):
+    with pytest.raises(ValueError, match=r"tensor down_res.2.norm1.weight \(and 11 more\) is missing"):
+        open_checkpoint(goldens.state_dict("sd15") | {f"down_res.{'9' * 5000}.norm1.weight": torch.zeros(1)}, "f")
+
+
+def test_long_and_unprintable_names_are_quoted_short_and_on_one_line(goldens):
+    for key in ("x" * 5000, "a\nb\x00\ud800"):
+        for file in ({key: torch.zeros(1)}, goldens.state_dict("sd15") | {key: torch.zeros(1)},
+                     goldens.state_dict("sd15") | {key: torch.zeros(1, dtype=torch.int8)}):
+            with pytest.raises(ValueError) as raised:
+                open_checkpoint(file, "folder/" * 100 + "f.bin")
+            assert len(str(raised.value)) < 500
+            assert str(raised.value).isprintable()
 
 
 def test_variant_that_does_not_fit_the_file_names_those_that_do(goldens):

@@ -126,9 +126,37 @@ def test_quantised_weights_are_an_error(scale):
         match_weights({"out.0.weight": torch.zeros(2), scale: torch.ones(1)}, "x.bin", {"out.0.weight": (2,)})
 
 
-def test_a_file_without_tensors_is_an_error():
-    with pytest.raises(ValueError, match="x.bin holds no tensors"):
-        match_weights({"step": 1000}, "x.bin", SHAPES)
+@pytest.mark.parametrize("file", [{"step": 1000}, {1: torch.zeros(1)}, {"x": {"conv_in.weight": torch.zeros(1)}}])
+def test_a_file_without_named_tensors_is_an_error(file):
+    with pytest.raises(ValueError, match="x.bin holds no tensors with names"):
+        match_weights(file, "x.bin", SHAPES)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_unet_weights_beside_their_control_are_read(prefix):
+    """As DeepSpeed saves both in one file."""
+    file = {f"{prefix}unet.{name}": value for name, value in tensors_of(DIFFUSERS).items()}
+    control = {f"{prefix}controlnext.mid_convs.1.bias": torch.zeros(1)}
+    weights = match_weights(file | control, "pytorch_model.bin", SHAPES)
+    assert weights.tensors.keys() == set(DIFFUSERS.values())
+    assert weights.left_out == []
+
+
+@pytest.mark.parametrize("bad", [torch.eye(4).to_sparse(), torch.zeros(2, device="meta"), torch.zeros(1).expand(9, 9),
+                                 torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])])
+def test_a_tensor_that_does_not_hold_all_its_numbers_is_named(bad):
+    with pytest.raises(ValueError, match="tensor out.2.weight does not hold all of its numbers"):
+        match_weights(tensors_of(DIFFUSERS) | {"conv_out.weight": bad}, "x.bin", SHAPES)
+
+
+@pytest.mark.parametrize("key", ["x" * 5000, "a\nb\x00\ud800"])
+def test_long_and_unprintable_names_are_quoted_short_and_on_one_line(key):
+    for file, shapes in (({key: torch.zeros(1)}, SHAPES), ({key: torch.zeros(1)}, {key: (2,)}),
+                         ({key: torch.zeros([1] * 500)}, {key: (2,)}), ({key: torch.ones(1) / 0}, {key: (1,)})):
+        with pytest.raises(ValueError) as raised:
+            match_weights(file, "folder/" * 100 + "x.bin", shapes)
+        assert len(str(raised.value)) < 500
+        assert str(raised.value).isprintable()
 
 
 @pytest.mark.parametrize("change, mode", [
