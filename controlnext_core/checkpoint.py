@@ -69,7 +69,7 @@ class Checkpoint:
 
 
 def named_tensors(state_dict: Mapping) -> dict[str, torch.Tensor]:
-    """What in a file is a tensor with a name."""
+    """The tensors of a file that have names."""
     return {key: value for key, value in state_dict.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
 
 

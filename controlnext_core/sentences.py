@@ -1,4 +1,4 @@
-"""What sentences for people quote."""
+"""Names as the sentences for people quote them."""
 
 LONGEST = 80  # characters; the longest name of a UNet's tensor has 78
 

@@ -123,7 +123,7 @@ def base_of(base_model, denoiser) -> str | None:
 
 
 def kind_of(base_model, denoiser) -> str:
-    """What a MODEL of no base is called."""
+    """The name of a MODEL that has no base."""
     config = type(base_model.model_config).__name__
     if config in LOOK_ALIKES or not isinstance(denoiser, UNetModel):
         return LOOK_ALIKES.get(config, config)

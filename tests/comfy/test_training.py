@@ -369,6 +369,16 @@ def test_it_works_with_the_stock_loader_dataset_nodes_and_loss_graph(comfy_nodes
     comfy_nodes["LossGraphNode"].execute(losses, "loss")
 
 
+def test_a_controlnext_whose_tensors_share_memory_is_saved(run, small, models_folder):
+    weights_of = small().loaded.checkpoint.state_dict
+    shared = dict.fromkeys((key for key, value in weights_of.items() if value.shape == (16,)), torch.ones(16))
+    torch.save(weights_of | shared, models_folder / "controlnext" / "shared.bin")
+    loaded = run("ControlNeXtLoader", controlnext_name="shared.bin", variant="auto")
+    run("ControlNeXtSave", controlnext=loaded, filename_prefix="shared/control")
+    saved = load_file(next((OUTPUT / "shared").glob("control_*/controlnet.safetensors")))
+    assert len(shared) > 5 and all(torch.equal(saved[key], torch.ones(16)) for key in shared)
+
+
 BAD = {
     "conditioning: there are 2 captions for 4 latents": dict(conditioning=2),
     "images: there are 3 control images for 4 latents": dict(images=[(8, 8)] * 3),
