@@ -72,7 +72,7 @@ class ControlNeXtApply(io.ComfyNode):
             apply_to=apply_to, window_reference=window_reference,
             resize="stretch" if resize == "auto" else resize, node_id=node_id(cls))
         running = model_of(model)
-        resolve(running, settings)  # what does not fit is told here already, not only when the MODEL runs
+        resolve(running, settings)  # a control that does not fit is told here already, not only when the MODEL runs
         shown = show_strength(settings).as_dict()
         if strength == 0.0:
             return io.NodeOutput(model, ui=shown)

@@ -12,13 +12,13 @@ WHERE = ("Where control enters the UNet, or the tokens of a transformer such as 
 
 
 def inject_at_input(tooltip: str = WHERE) -> io.Input:
-    """What ``Settings`` take as ``inject_at``."""
+    """The input for ``Settings.inject_at``."""
     return io.Combo.Input("inject_at", options=["auto", *PLACES], default="auto", optional=True, advanced=True,
                           tooltip=tooltip)
 
 
 def apply_to_input(whose: str = "") -> io.Input:
-    """What ``Settings`` take as ``apply_to``."""
+    """The input for ``Settings.apply_to``."""
     return io.Combo.Input(
         "apply_to", options=["auto", "both", "positive"], default="auto", optional=True, advanced=True,
         tooltip=f"Which guidance halves are controlled{whose}. auto is how the model was trained; positive leaves the "
@@ -26,14 +26,14 @@ def apply_to_input(whose: str = "") -> io.Input:
 
 
 def mask_input() -> io.Input:
-    """What ``Settings`` take as ``mask``."""
+    """The input for ``Settings.mask``."""
     return io.Mask.Input("mask", optional=True,
                          tooltip="Where control acts: white fully, black not at all. One for the whole batch, or one "
                                  "per picture or video frame.")
 
 
 def window_reference_input() -> io.Input:
-    """What ``Settings`` take as ``window_reference``."""
+    """The input for ``Settings.window_reference``."""
     return io.Combo.Input(
         "window_reference", options=["auto", "on", "off"], default="auto", optional=True, advanced=True,
         tooltip="Long videos in context windows: lets the first control image, the pose of the picture that is "
@@ -41,7 +41,7 @@ def window_reference_input() -> io.Input:
 
 
 def inputs_over_time() -> list[io.Input]:
-    """What ``Settings`` take as ``curve`` and ``keyframes``; no curve before ComfyUI has its Curve Editor."""
+    """The inputs for ``Settings.curve`` and ``Settings.keyframes``; no curve before ComfyUI has its Curve Editor."""
     keyframes = io.HookKeyframes.Input(
         "strength_keyframes", optional=True, advanced=True,
         tooltip="Strength over time in steps: hook keyframes, whose strengths multiply strength.")
@@ -55,7 +55,7 @@ def inputs_over_time() -> list[io.Input]:
 
 
 def resize_input(auto: str) -> io.Input:
-    """What ``Settings`` take as ``resize``, but for auto."""
+    """The input for ``Settings.resize``, which knows no auto."""
     return io.Combo.Input(
         "resize", options=["auto", *RESIZES], default="auto", optional=True, advanced=True,
         tooltip="How a control image of another size becomes as large as the picture: stretch fills it, crop fills it "

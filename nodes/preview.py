@@ -1,4 +1,4 @@
-"""What nodes show on themselves after a run, with ComfyUI's own previews."""
+"""Texts and pictures that nodes show on themselves after a run, with ComfyUI's own previews."""
 
 import logging
 
@@ -19,7 +19,7 @@ def show_text(cls, text: str) -> ui.PreviewText:
 
 
 def node_id(cls) -> str | None:
-    """Of the node that runs, None outside a prompt."""
+    """The id of the node that runs, None outside a prompt."""
     return None if cls.hidden is None else cls.hidden.unique_id
 
 

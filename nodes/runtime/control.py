@@ -24,9 +24,9 @@ class Control:
         row_by_row: there is an image for each row of the batch, guidance halves included.
 
     Attributes:
-        place: where its features enter.
+        place: the Place at which its features enter.
         wanted: it had something to add in a call.
-        taken: what it had to add was added in a call.
+        taken: the denoiser got it in a call.
     """
 
     def __init__(self, settings: Settings, resolved: Resolved, row_by_row: bool = False):
@@ -132,7 +132,7 @@ class Control:
             pixels = math.prod(forward.size) * self.resolved.ratio ** 2
             if loaded.image_parts_stay(len(self.settings.image), pixels, forward.dtype):
                 return loaded.image_parts.get((self._images.digest(index), *where), lambda: image_part(index))
-            return image_part(index)  # of a video, too few would stay to be worth their memory
+            return image_part(index)  # a video is too large: too few would stay to be worth their memory
 
         def features():
             at = forward.at[row:row + 1]

@@ -26,7 +26,7 @@ WINDOW_ATTRIBUTES = ("sub_idxs", "full_latent_length", "context_length")
 
 
 class ControlNeXtControlNet(ControlNet, InRun):
-    """What a CONTROL_NET link carries.
+    """The object that a CONTROL_NET link carries.
 
     Others may replace at any time what a ControlNet has: ``cond_hint_original``, the control image (N, 3, H, W) in
     [0, 1], ``strength`` and ``timestep_percent_range``; or, for one call, ``cond_hint``: an image for just the latents
@@ -67,11 +67,11 @@ class ControlNeXtControlNet(ControlNet, InRun):
 
     def pre_run(self, model, percent_to_timestep_function):
         super().pre_run(model, percent_to_timestep_function)
-        self.end_run()  # of a sampling that was interrupted before anybody could tell
+        self.end_run()  # the one before may have been interrupted before anybody could tell
         self.sub_idxs = None
         self._model, self._dtype = loaded_model_of(model), model.get_dtype_inference()
         self.compression_ratio = self._model.ratio
-        resolve(self._model, self._settings())  # what does not fit is told before the first step
+        resolve(self._model, self._settings())  # a control that does not fit is told before the first step
         if computes_in_few_bits(self._model):  # no node is at work that could show it
             logging.warning("ControlNeXt: %s", FEW_BITS)
 
@@ -144,7 +144,7 @@ class ControlNeXtControlNet(ControlNet, InRun):
         return depth
 
     def _settings(self) -> Settings:
-        """What is asked for at this moment, without an image."""
+        """The settings at this moment, without an image."""
         start, end = self.timestep_percent_range
         return replace(self.asked, strength=self.strength, start_percent=start, end_percent=end)
 

@@ -33,7 +33,7 @@ class Kept:
 
     Args:
         home: None to stay on the device.
-        step: of ``FeatureCache.get``.
+        step: as in ``FeatureCache.get``.
     """
 
     def __init__(self, tensors: tuple[torch.Tensor, ...], home: torch.device | None, step: Hashable):
@@ -127,7 +127,7 @@ class FeatureCache:
                         self._prefetch(_from_here_to_the_next_step(run, key))
                     kept = self._runs[-1][key] = run.pop(key)
                     return kept.get()
-        with torch.no_grad():  # what is kept holds no graph of a training
+        with torch.no_grad():  # kept tensors hold no graph of a training
             tensors = compute()
         size = _bytes(tensors)
         with self._lock:

@@ -40,21 +40,21 @@ class Half:
 
 @dataclass(frozen=True)
 class Forward:
-    """What all controls need to know of one call of the denoiser.
+    """One call of the denoiser, as all controls need to know it.
 
     Attributes:
         sigma: noise level of the call, () on the CPU, in the sampler's dtype, as ComfyUI compares it with percents.
         timesteps: the denoiser's own timestep for each sample of a half.
         at: the same on the device, (samples,).
         halves: the guidance halves in the batch, in order; all of them again for each tile of a tiled picture.
-        rows: of the batch.
+        rows: the size of the batch.
         latent: (H, W) of the whole latent.
         size: (H, W) of the latent in this call, smaller than ``latent`` for a regional cond.
         frames: for each sample of a half, its index in the whole batch or video; for 5-D video latents, the index of
             each latent frame in the whole video, those before a half's ``start`` too.
         count: samples of a half, or latent frames.
         total: samples of the whole batch or video.
-        dtype, device: of the denoiser's features.
+        dtype, device: those of the denoiser's features.
         video: the latents are videos, and all samples share the frames.
         thread_device: the device of a thread of several, when ComfyUI samples on several GPUs.
     """
@@ -86,7 +86,7 @@ class NotedConds:
     Attributes:
         lists: {name of the guider's list: {uuid: Half}}, in the guider's order. A cond with an area may stand in two
             lists, since ComfyUI gives the other lists a twin of it under the same uuid.
-        shape: of the whole latents, () where nothing is noted.
+        shape: the whole latents' shape, () where nothing is noted.
         names: the list's name for each index in ``cond_or_uncond``, None for an unknown list.
         prompts: (Half, cross-attention context (1 or B, tokens, C)) of all conds that have one.
     """
@@ -116,7 +116,7 @@ def note_conds(model_options: dict, conds: Mapping[str, Sequence[dict] | None], 
 
     Args:
         conds: the guider's, as ComfyUI has prepared them.
-        shape: of the whole latents.
+        shape: the whole latents' shape.
     """
     lists: dict[str, dict] = {}
     prompts = []
@@ -142,7 +142,7 @@ def note_order(model_options: dict, conds: Sequence[Sequence[dict] | None]) -> d
 
 
 def noted_in(options: dict) -> NotedConds:
-    """What is noted in transformer_options of the step that they are of."""
+    """The conds that are noted in a step's transformer_options."""
     return options.get(CONDS_KEY, NotedConds())
 
 
@@ -155,7 +155,7 @@ def _clamped(area, latent: tuple[int, ...]) -> tuple[tuple[int, int, int, int] |
     """A cond's (height, width, top, left), cut at the latent's edges as ComfyUI cuts the latent itself; first frame."""
     if area is None:
         return None, 0
-    dimensions = len(area) // 2  # of an area of a video three, frames first
+    dimensions = len(area) // 2  # an area of a video has three, frames first
     *_, height, width = area[:dimensions]
     *start, top, left = area[dimensions:]
     return (min(latent[-2] - top, height), min(latent[-1] - left, width), top, left), start[0] if start else 0
@@ -167,8 +167,8 @@ def describe(sampling, dtype: torch.dtype, shape: tuple[int, ...], t: torch.Tens
 
     Args:
         sampling: the MODEL's model_sampling.
-        dtype: of the denoiser's features.
-        shape: of the latents, (B, C, H, W) or (B, C, F, H, W).
+        dtype: that of the denoiser's features.
+        shape: the latents', (B, C, H, W) or (B, C, F, H, W).
         t: their sigmas, (B,) or (1,) for all.
         options: the call's transformer_options.
         context: for cross-attention, (B, tokens, C), which tells whose rows they are when they are not those noted.

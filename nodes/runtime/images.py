@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ...controlnext_core.sizes import as_rgb
 
-RESIZING = "lanczos"  # of control images, as the reference does
+RESIZING = "lanczos"  # control images are resized so, as in the reference
 RESIZES = ("stretch", "crop", "pad")
 CHANNELS = (1, 2, 3, 4)  # gray, gray with alpha, RGB, RGBA
 
@@ -76,7 +76,7 @@ class Images:
     Args:
         image: (N, H, W, C) in [0, 1].
         ratio: pixels that one latent pixel stands for.
-        resize: of ``resized``.
+        resize: as in ``resized``.
     """
 
     def __init__(self, image: torch.Tensor, ratio: int, resize: str):
@@ -90,7 +90,7 @@ class Images:
         return tuple(self._image.shape[1:3]) == self._pixels(latent)
 
     def digest(self, index: int) -> str:
-        """Of an image's shape and values."""
+        """The digest of an image's shape and values."""
         if index not in self._digests:
             self._digests[index] = digest_of(control_image(self._image[index:index + 1])[0])
         return self._digests[index]
@@ -138,7 +138,7 @@ def resized(image: torch.Tensor, height: int, width: int, resize: str = "stretch
 
 
 def digest_of(image: torch.Tensor) -> str:
-    """Of one image (H, W, C): its shape and its values."""
+    """The digest of the shape and the values of one image (H, W, C)."""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode())
     digest.update(image.contiguous().cpu().numpy())
     return digest.hexdigest()

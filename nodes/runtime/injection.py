@@ -22,11 +22,11 @@ ADDED_KEY = "controlnext_added"  # in a call's options or a block's arguments: t
 
 @dataclass(frozen=True)
 class Ready:
-    """What one control adds in one call of the denoiser.
+    """The addition of one control in one call of the denoiser.
 
     Attributes:
-        place: of the control.
-        rows: of the call's batch.
+        place: the control's.
+        rows: the size of the call's batch.
         added: (features, weights) for ``cross_normalization.add_controls``, None where it does not act.
     """
 
@@ -48,7 +48,7 @@ class Injection:
 
     Args:
         controls: {name in the run: control} of those that a MODEL carries to this place.
-        slot: where the patch is; NEXT_SLOT for the middle in a forward that calls no patch there.
+        slot: the list of patches that holds this one; NEXT_SLOT for the middle in a forward that calls no patch there.
     """
 
     def __init__(self, place: Place, controls: Mapping[object, Control] | None = None, slot: str | None = None):
@@ -98,9 +98,9 @@ class BeforeBlock:
     """A replacement of a transformer's block in ComfyUI's own protocol, which adds control to what the block gets.
 
     Args:
-        controls: as of ``Injection``.
-        ready: what waits for this one call, since packs call a block without transformer_options; None before a call.
-        replacement: what would be called in its place, None for the block itself.
+        controls: as in ``Injection``.
+        ready: the additions for this one call, since packs call a block without transformer_options; None before it.
+        replacement: the function that would be called in its place, None for the block itself.
     """
 
     def __init__(self, place: Place, controls: Mapping[object, Control], ready: Mapping[object, Ready] | None,
@@ -139,7 +139,7 @@ def waiting_at(place: Place, controls: Mapping[object, Control], options: dict,
 
 
 def _worked_out_here(place: Place, controls: Mapping[object, Control], options: dict, h: torch.Tensor) -> list[Ready]:
-    """What waits for a call that came with other rows than were told, or that nobody told of."""
+    """The additions for a call that came with other rows than were told, or that nobody told of."""
     ready = options.get(READY_KEY, {})
     found = {**controls, **{name: one.control for name, one in ready.items() if one.place == place}}
     shape = _latent_shape(place, options, h)

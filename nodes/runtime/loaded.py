@@ -32,7 +32,7 @@ class LoadedModule:
     Args:
         state_dict: from a file or a training.
         reload: (function, arguments) that give this ModelPatcher again, for when ComfyUI needs a copy of its own.
-        load_device: where it runs, if not where ComfyUI runs models.
+        load_device: the device that it runs on, if not ComfyUI's own for models.
         metadata: what the file says of itself.
     """
 
@@ -91,7 +91,7 @@ class LoadedModule:
         """Bytes beside the weights that a sampling needs: (while the module runs, from its first step to its last).
 
         Args:
-            pixels: of each image.
+            pixels: the number of each image's.
             places: at which an image's features are added.
             frames: that have features, where several images share one; None for as many as images.
         """
@@ -111,7 +111,7 @@ def _give_back(caches: tuple[FeatureCache, ...], patcher, unpatch_all: bool) -> 
 
 @dataclass(frozen=True)
 class ControlNeXt:
-    """What travels on a CONTROLNEXT link: the shared module and the variant that the user chose for it.
+    """The object on a CONTROLNEXT link: the shared module and the variant that the user chose for it.
 
     From a training also ``unet_differences``, {diffusers name: tensor} of the UNet weights that were trained with it,
     and ``place``, where it was trained to enter; from a file whatever its metadata says of that, None for nothing.

@@ -17,7 +17,7 @@ class Needs(ControlBase):
     has copies of the modules.
 
     Args:
-        modules: of the controls that sit in the MODEL.
+        modules: those of the controls that sit in the MODEL.
         needed: bytes.
         copied: the modules are to be loaded for this.
     """
@@ -42,10 +42,10 @@ class Needs(ControlBase):
 
 def prepare_with(executor, modules: Sequence[LoadedModule], needs: list[tuple[int, int]], model, noise_shape,
                  conds: dict, *args, **kwargs) -> tuple:
-    """What PREPARE_SAMPLING's ``executor`` returns, with what controls need kept free and, on other GPUs, loaded.
+    """Call PREPARE_SAMPLING's ``executor`` with what controls need kept free and, on other GPUs, loaded.
 
     Args:
-        modules: of the controls that sit in the MODEL.
+        modules: those of the controls that sit in the MODEL.
         needs: ``LoadedModule.memory`` of each control; they run one after the other.
     """
     if not needs:

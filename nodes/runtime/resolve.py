@@ -1,4 +1,4 @@
-"""What a control is for the model that runs: its family, place, gains and steps, or a sentence on why it is none."""
+"""A control's family, place, gains and steps for the model that runs, or one sentence on why it does not fit."""
 
 from dataclasses import dataclass
 
@@ -51,11 +51,11 @@ class Resolved:
 
     Attributes:
         family: the file's family.
-        place, place_name: where control enters.
+        place, place_name: the Place at which control enters, and its name.
         gains: multipliers of the positive and of the other guidance halves.
         strength_at: noise level -> factor of the gains, 0 outside of the steps in which control acts.
         window_reference: the first frame of every context window is controlled by the first image.
-        sampling, ratio: of the RunningModel.
+        sampling, ratio: those of the RunningModel.
     """
 
     family: Family
@@ -90,7 +90,7 @@ def family_of(model: RunningModel, controlnext: ControlNeXt) -> Family:
 
 
 def resolve(model: RunningModel, settings: Settings) -> Resolved:
-    """What these settings mean for this MODEL.
+    """Resolve settings for a MODEL.
 
     Raises:
         ValueError: the MODEL is of another base, or has no such place, or one of another width.

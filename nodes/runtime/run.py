@@ -18,12 +18,12 @@ from .messages import send_text
 from .resolve import RunningModel, loaded_model_of, model_of, resolve
 from .settings import SLOT, Settings, settings_in
 
-KEY = "controlnext"  # of what is registered with ComfyUI
-RUN_KEY = "controlnext_run"  # of the Run in the options of the sampling that it belongs to
+KEY = "controlnext"  # ComfyUI keeps our wrappers under it
+RUN_KEY = "controlnext_run"  # a sampling has its Run under it in transformer_options
 
 
 class InRun:
-    """What a Run asks of a control that hangs on a conditioning."""
+    """A control that hangs on a conditioning, as a Run sees it."""
 
     def memory_for(self, model: RunningModel, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
         """``Control.memory`` for a sampling of a MODEL's latents of this shape."""
@@ -97,7 +97,7 @@ class Run:
         if base_model not in self._admitted:
             return executor(x, t, c_concat, c_crossattn, control, without_control(options), **kwargs)
 
-        ready = options.get(READY_KEY, {})  # of those on conditionings; a pack may have made other rows of their call
+        ready = options.get(READY_KEY, {})  # from controls on conditionings, perhaps for other rows than a pack made
         others = {name: one.control for name, one in ready.items() if one.rows != len(x)}
         controls = {**self.controls, **others}
         if controls:
@@ -199,7 +199,7 @@ def tell_never_taken(control: Control, model: RunningModel, run: Run | None) -> 
 
 
 def own_way_of(model: RunningModel, model_options: dict) -> str | None:
-    """What seems to call the denoiser in its own way: a pack's function in the place of one of ComfyUI's."""
+    """The name of a pack's function that stands in the place of one of ComfyUI's, None where there is none."""
     wrapped = model_options.get("model_function_wrapper")
     for function in (wrapped, getattr(model.denoiser, "forward", None), type(model.denoiser)):
         module = getattr(function, "__module__", None) or type(function).__module__

@@ -1,4 +1,4 @@
-"""What Apply ControlNeXt and ControlNeXt to ControlNet ask for: a record that travels on a MODEL or a conditioning."""
+"""Settings of a control, as the nodes write them down: a record that travels on a MODEL or a conditioning."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 
 from .loaded import ControlNeXt
 
-SLOT = "controlnext"  # of a MODEL's patches, which ComfyUI hands on with it and looks through for models to load
+SLOT = "controlnext"  # a list of a MODEL's patches, which ComfyUI hands on with it and looks through for models to load
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class Settings:
         image: (N, H, W, C) in [0, 1]; None where Apply ControlNet gives it later.
         mask: (M, H, W) in [0, 1] or None.
         strength: multiplies the family's gains.
-        start_percent, end_percent: of the sampling, between which control acts.
+        start_percent, end_percent: the part of the sampling in which control acts.
         curve: a CURVE of factors of the strength, or None.
         keyframes: HOOK_KEYFRAMES of factors of the strength, or None.
         inject_at: name of the place where control enters; auto is where the model was trained to enter.
@@ -27,7 +27,7 @@ class Settings:
         resize: stretch, crop or pad, how an image becomes as large as the picture.
         fits_areas: for a cond with an area, an image that is not as large as the picture is fitted into the area, as
             ComfyUI's own ControlNets do; without it the area gets its part of the image.
-        node_id: of the node that shows what is to be told about this control, or None.
+        node_id: the id of the node that shows what is to be told about this control, or None.
     """
 
     controlnext: ControlNeXt

@@ -8,7 +8,7 @@ try:
 except ImportError:  # ComfyUI before its Curve Editor
     CurveInput = None
 
-STEPS = 1000  # of the sampling's percents, as fine as start_percent
+STEPS = 1000  # parts of a sampling, as fine as start_percent
 
 
 class StrengthOverTime:
@@ -60,7 +60,7 @@ def curve_factors(curve) -> list[float]:
 
 
 def factors_over_time(curve=None, keyframes: HookKeyframeGroup | None = None) -> list[float]:
-    """What ``StrengthOverTime`` multiplies at each of the STEPS + 1 percents, whatever the sampling."""
+    """The factor of ``StrengthOverTime`` at each of the STEPS + 1 percents, whatever the sampling."""
     factors = [1.0] * (STEPS + 1) if curve is None else curve_factors(curve)
     if keyframes is None or keyframes.is_empty():
         return factors
