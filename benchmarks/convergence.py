@@ -190,9 +190,10 @@ def load_unet():
     from safetensors.torch import load_file
 
     from demo_model import provide
+    from demo_model.bases import BASES
     from demo_model.denoiser import new_unet
     unet = new_unet()
-    unet.load_state_dict(provide.part(load_file(provide.source(provide.CHECKPOINT)), provide.UNET))
+    unet.load_state_dict(provide.part(load_file(provide.source(BASES["sd15"].checkpoint)), provide.UNET))
     return unet
 
 
@@ -203,8 +204,9 @@ def load_autoencoder():
     from demo_model import provide
     from demo_model.autoencoder import load_narrow
     from demo_model.bases import BASES
-    vae = provide.part(load_file(provide.source(provide.CHECKPOINT)), provide.VAE)
-    return load_narrow(vae).eval().requires_grad_(False), vae["vae_scale"].item() / BASES["sd15"].scale
+    base = BASES["sd15"]
+    vae = provide.part(load_file(provide.source(base.checkpoint)), provide.VAE)
+    return load_narrow(vae).eval().requires_grad_(False), vae["vae_scale"].item() / base.scale
 
 
 def draw(model, data: Data):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from demo_model.provide import CHECKPOINT, SD3_CHECKPOINT
-
 
 @dataclass(frozen=True)
 class Base:
@@ -45,11 +43,11 @@ class Base:
 BASES = {
     base.name: base
     for base in (
-        Base("sd15", CHECKPOINT, "drawings_", 4, 320, 0.18215, 0.0,
+        Base("sd15", "drawings.safetensors", "drawings_", 4, 320, 0.18215, 0.0,
              "cond_stage_model.transformer.", "STABLE_DIFFUSION", pooled_words=False, full_widths={}, start="",
              sampler={"steps": 12, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
              steps={"autoencoder": 4000, "decoder": 3000, "denoiser": 12000, "canny": 3500, "mask": 900}),
-        Base("sd3", SD3_CHECKPOINT, "drawings_sd3_", 16, 256, 1.5305, 0.0609,
+        Base("sd3", "drawings_sd3.safetensors", "drawings_sd3_", 16, 256, 1.5305, 0.0609,
              "text_encoders.clip_l.transformer.", "SD3", pooled_words=True,
              full_widths={"context_embedder.weight": 4096, "y_embedder.mlp.0.weight": 2048}, start="sd15",
              sampler={"steps": 16, "sampler_name": "euler", "scheduler": "simple"},

@@ -1,6 +1,6 @@
 """Puts the demonstration's trained weights where ComfyUI lists them.
 
-    python provide.py COMFYUI MODELS
+    python -m demo_model.provide COMFYUI MODELS
 
 writes what FILES names into ComfyUI's models folder MODELS, run by an interpreter that has ComfyUI's packages. In the
 repository a checkpoint has no text encoder (246 MB that text.py makes from a seed) and a VAE as narrow as it was
@@ -13,14 +13,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from demo_model.bases import Base
+from demo_model.bases import BASES, Base
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "weights"
-CHECKPOINT, SD3_CHECKPOINT = "drawings.safetensors", "drawings_sd3.safetensors"
 CANNY, CANNY_UNET = "drawings_canny_controlnet.safetensors", "drawings_canny_unet.safetensors"
 MASK, MASK_UNET = "drawings_mask_controlnet.safetensors", "drawings_mask_unet.safetensors"
 LORA = "drawings_style_lora.safetensors"
@@ -30,7 +27,7 @@ SD3_RESTORING, SD3_RESTORING_UNET = ("drawings_sd3_super_resolution_controlnet.s
 FILES = {**dict.fromkeys((CANNY, CANNY_UNET, MASK, MASK_UNET, SD3_CANNY, SD3_CANNY_UNET, SD3_RESTORING,
                           SD3_RESTORING_UNET), "controlnext"),
          LORA: "loras",
-         SD3_CHECKPOINT: "checkpoints", CHECKPOINT: "checkpoints"}
+         **{base.checkpoint: "checkpoints" for base in BASES.values()}}
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 
@@ -45,15 +42,15 @@ def provide(comfyui: Path, models: Path) -> None:
     newest = max(file.stat().st_mtime for file in sources)
     files = [models / folder / name for name, folder in FILES.items()]
     if not all(file.is_file() and file.stat().st_mtime > newest for file in files):
-        subprocess.run([sys.executable, __file__, comfyui, models], check=True)
+        command = [sys.executable, "-m", "demo_model.provide", comfyui.absolute(), models.absolute()]
+        subprocess.run(command, cwd=FOLDER.parent, check=True)
 
 
 def make(comfyui: Path, models: Path) -> None:
     """Write the files into ComfyUI's models folder `models`."""
-    sys.path += [str(FOLDER.parent / "scripts"), str(FOLDER.parent)]  # last, for ComfyUI has a module `nodes` too
+    sys.path.append(str(FOLDER.parent / "scripts"))
     import stand_in
     stand_in.load_comfyui(comfyui)
-    from demo_model.bases import BASES
     checkpoints = {base.checkpoint: base for base in BASES.values()}
     for name, folder in FILES.items():
         place = models / folder / name

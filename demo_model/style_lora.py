@@ -101,12 +101,12 @@ def run(options: argparse.Namespace) -> None:
 
     from demo_model import provide
     from demo_model.bases import BASES
-    base = environment.base_directory(environment.cache_folder() / "style_lora")
+    base, sd15 = environment.base_directory(environment.cache_folder() / "style_lora"), BASES["sd15"]
     put_dataset(base / "input" / "style")
     device = ("--cpu",) if needs_cpu_option() else ()
     stand_in.load_comfyui(options.comfyui)
     # not provide.provide, which wants the LoRA, too
-    stand_in.save(provide.checkpoint(BASES["sd15"]), base / "models" / "checkpoints" / provide.CHECKPOINT)
+    stand_in.save(provide.checkpoint(sd15), base / "models" / "checkpoints" / sd15.checkpoint)
     for left_over in (base / "output").glob("style_*.safetensors"):
         left_over.unlink()
 
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
             print(f"  {time.monotonic() - start:5.1f} s  step {data['value']} of {data['max']}", flush=True)
 
     with comfy_client.running_server(options.comfyui, base, options=device) as url:
-        comfy_client.run_graph(url, training(provide.CHECKPOINT, "style", options.steps, "style"), on_event)
+        comfy_client.run_graph(url, training(sd15.checkpoint, "style", options.steps, "style"), on_event)
     (saved,) = (base / "output").glob("style_*.safetensors")
     target = provide.source(provide.LORA)
     save_file({name: tensor.half() for name, tensor in load_file(saved).items()}, target)  # ComfyUI writes float32

@@ -153,10 +153,11 @@ def files_for_job(options: argparse.Namespace, models: Path) -> dict[str, str | 
                 "controlnext": put_weights(options.controlnext, models / "controlnext"),
                 "unet_weights": options.unet_weights and put_weights(options.unet_weights, models / "controlnext")}
     from demo_model import provide
+    from demo_model.bases import BASES
     print("Without --checkpoint and --controlnext the project's own small SD3 draws. It knows drawings of animals, "
           "food and things at 96x96 pixels.", flush=True)
     provide.provide(options.comfyui, models)
-    return {"checkpoint": provide.SD3_CHECKPOINT, "controlnext": provide.SD3_CANNY,
+    return {"checkpoint": BASES["sd3"].checkpoint, "controlnext": provide.SD3_CANNY,
             "unet_weights": provide.SD3_CANNY_UNET}
 
 

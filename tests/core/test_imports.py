@@ -1,0 +1,30 @@
+"""Who imports whom beside the product, functions' own imports too."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+def imported(file: Path) -> set[str]:
+    """The modules that a file names in its imports; of `from a import b` both a and a.b, for b may be one."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("folder", ["demo_model", "benchmarks", "scripts"])
+def test_no_files_import_each_other_in_a_circle(folder):
+    files = {file.stem: imported(file) for file in (REPOSITORY / folder).glob("*.py")}
+
+    def needed_by(file: str) -> list[str]:
+        return [other for other in files if {other, f"{folder}.{other}"} & files[file]]
+
+    TopologicalSorter({file: needed_by(file) for file in files}).prepare()  # raises CycleError, which names the circle
