@@ -10,7 +10,7 @@ the way goes from what the same model draws without control (0) to what its VAE 
 
 from __future__ import annotations
 
-import world
+import harness
 
 SEEDS = (1, 2, 3)
 TURN = 7  # another drawing: so many places further
@@ -25,17 +25,17 @@ def main() -> None:
     parser.add_argument("--base", choices=KINDS, default="sd15", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
-    world.enter()
+    harness.enter()
     import numpy as np
     import torch
 
     from demo_model import provide
     from demo_model.agreement import share_of_the_way
+    from demo_model.drawings import load_held_out
     from demo_model.measure import agreements
-    from demo_model.world import load_held_out
 
     drawings, captions = load_held_out(provide.WEIGHTS)
-    demonstration = world.Pack().demonstration(drawings, captions, base=options.base)
+    demonstration = harness.Pack().demonstration(drawings, captions, base=options.base)
     models = {"": None} | ({", LoRA": demonstration.styled()} if options.base in STYLED else {})
     bare = {(seed, name): demonstration.draw(seed, model=model)
             for seed in options.seeds for name, model in models.items()}
@@ -62,12 +62,12 @@ def main() -> None:
         results[kind] = {"on": on, "off": off, "ceiling": ceiling, "share of the way": shares}
         table += [[kind, name, f"{np.mean(off[name]):.3f}", f"{np.mean(on[name]):.3f}", f"{ceiling:.3f}",
                    f"{shares[name]:.2f}"] for name in cases]
-        print(world.table(["control", "strength", "off", "on", "ceiling", "share"], table), flush=True)
+        print(harness.table(["control", "strength", "off", "on", "ceiling", "share"], table), flush=True)
     name = "control" if options.base == "sd15" else f"control_{options.base}"
-    world.report(name, f"Agreement with control of the {options.base}, {len(drawings)} held-out drawings, "
-                 f"{len(options.seeds)} seeds", ["control", "strength", "off", "on", "ceiling", "share"], table,
-                 {"seeds": list(options.seeds), "captions": captions, **results})
-    world.save_sheet(name, [row[:SHEET] for row in sheet])
+    harness.report(name, f"Agreement with control of the {options.base}, {len(drawings)} held-out drawings, "
+                   f"{len(options.seeds)} seeds", ["control", "strength", "off", "on", "ceiling", "share"], table,
+                   {"seeds": list(options.seeds), "captions": captions, **results})
+    harness.save_sheet(name, [row[:SHEET] for row in sheet])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-import world
+import harness
 
 if TYPE_CHECKING:
     import numpy as np
@@ -239,16 +239,16 @@ def load_data(folder) -> Data:
 
     from demo_model.agreement import drawn_edges
     from demo_model.bases import BASES
+    from demo_model.drawings import load_drawings
     from demo_model.samples import Samples, as_image, control_maps, encode, load_texts, varied_drawings
-    from demo_model.world import load_world
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder, deviation = load_autoencoder()
-    drawn, autoencoder = load_world(folder), autoencoder.to(device)
+    drawn, autoencoder = load_drawings(folder), autoencoder.to(device)
     varied = varied_drawings(drawn)
     latents = encode(varied, autoencoder.taesd_encoder)
     captions, _ = load_texts(drawn, folder, BASES["sd15"])
     held_out = drawn.held_out[:DRAWINGS]
-    controls = [drawn_edges(drawing) for drawing in drawn.drawings[held_out]]
+    controls = [drawn_edges(drawing) for drawing in drawn.pictures[held_out]]
     return Data(Samples(latents / latents.std(), captions, control_maps(varied, drawn_edges), drawn), controls,
                 as_image(torch.stack([torch.from_numpy(control) for control in controls])).to(device),
                 captions[held_out].float().to(device), autoencoder, deviation, device)
@@ -259,7 +259,7 @@ def agreement(model, data: Data) -> float:
     from statistics import fmean
 
     from demo_model.agreement import drawn_edges, edge_f1
-    from demo_model.world import to_drawings
+    from demo_model.drawings import to_drawings
     pictures = to_drawings(draw(model, data))
     return fmean(edge_f1(drawn_edges(picture), control)
                  for picture, control in zip(pictures, data.controls, strict=True))
@@ -282,7 +282,7 @@ def learn(kind: str, seed: int, folder) -> dict:
 
     from demo_model.loop import train
     file = folder / f"convergence_{kind}_{seed}.json"
-    result = json.loads(file.read_text()) if file.exists() else {"f1": {}, "machine": world.machine()}
+    result = json.loads(file.read_text()) if file.exists() else {"f1": {}, "machine": harness.machine()}
     if str(STEPS) in result["f1"]:
         return result
     model, loss, rates = prepare(ALL[kind], seed, folder)
@@ -410,8 +410,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(ALL):
         parser.error(f"{min(unknown)} is none of {', '.join(ALL)}")
-    world.enter()
-    folder = world.environment.cache_folder() / "demo_model"
+    harness.enter()
+    folder = harness.environment.cache_folder() / "demo_model"
     if options.write_teacher:
         return write_teacher(options.seeds[0], folder, options.write_teacher)
     results = {kind: [learn(kind, seed, folder) for seed in (options.seeds if kind in KINDS else options.seeds[:1])]
@@ -421,12 +421,12 @@ def main() -> None:
     taken = seconds_a_step(list(ALL), folder)
     seconds = STEPS * taken["cross"]
     header = ["", "trained parameters", "seconds a step", f"after {seconds:.0f} s", *results["cross"][0]["f1"]]
-    world.report("convergence", f"F1 of edges of {DRAWINGS} held-out drawings over training steps, "
-                 f"{len(options.seeds)} seeds (one of what explains)", header,
-                 [row(ALL[kind], found, taken[kind], seconds) for kind, found in results.items()],
-                 {"seconds_a_step": taken, "results": results})
+    harness.report("convergence", f"F1 of edges of {DRAWINGS} held-out drawings over training steps, "
+                   f"{len(options.seeds)} seeds (one of what explains)", header,
+                   [row(ALL[kind], found, taken[kind], seconds) for kind, found in results.items()],
+                   {"seconds_a_step": taken, "results": results})
     plot({kind: curve_of(results[kind]) for kind in KINDS}, len(options.seeds),
-         world.FOLDER / "results" / "convergence.png")
+         harness.FOLDER / "results" / "convergence.png")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 
-import world
+import harness
 
 SIZES = {"sd15": (512, 512, 1), "sdxl": (1024, 1024, 1), "svd": (1024, 576, 25)}
 SD3S = {  # blocks, in width as well, and what else their files tell ComfyUI
@@ -56,7 +56,7 @@ def unet_step(base: str) -> Step:
     from controlnext_core.sizes import halved
     width, height, frames = SIZES[base]
     step = Step(f"{base} {width}x{height}" + (f", {frames} frames" if frames > 1 else ""), base, width, height, frames)
-    model = unet_model(base, torch.float16, "meta", **world.DEPTHS.get(base, {})).model
+    model = unet_model(base, torch.float16, "meta", **harness.DEPTHS.get(base, {})).model
     config = UNETS[base][1]
     inputs = {"timesteps": step.timesteps, "context": empty(frames, 1 if base == "svd" else 77, config["context_dim"])}
     if model.diffusion_model.num_classes is not None:
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20, help="of the first run, over which its image part is spread")
     steps = parser.parse_args().steps
-    world.enter()
+    harness.enter()
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -170,11 +170,11 @@ def main() -> None:
                        f"{kept / BUS / (denoiser / PACE):.2%}"])
         data[step.title] = {"denoiser": denoiser, "image_part": image_part, "timestep_part": timestep_part,
                             "added": {**added, "native": natives}, "kept_bytes": kept}
-    world.report("flops", f"FLOPs that control adds to a step of the denoiser, first run of {steps} steps",
-                 ["base", "denoiser", "reference's way", "native ControlNet", "ControlNeXt, first run", "second run"],
-                 rows, {"steps": steps, "flops": data})
-    print(world.table(["base", "kept a step, float16", f"copied at {BUS / 1e9:.0f} GB/s",
-                       f"of a step at {PACE / 1e12:.0f} TFLOP/s"], copies))
+    harness.report("flops", f"FLOPs that control adds to a step of the denoiser, first run of {steps} steps",
+                   ["base", "denoiser", "reference's way", "native ControlNet", "ControlNeXt, first run", "second run"],
+                   rows, {"steps": steps, "flops": data})
+    print(harness.table(["base", "kept a step, float16", f"copied at {BUS / 1e9:.0f} GB/s",
+                         f"of a step at {PACE / 1e12:.0f} TFLOP/s"], copies))
     transformers(count, steps)
     print("A video's image parts are not kept in its first run, for they would need too much memory.")
 
@@ -230,9 +230,9 @@ def transformers(count, steps: int) -> None:
         rows.append([what, f"{step / 1e12:.1f} T", f"{one.halves * net / step:.1%}", f"{first / step:.2%}", "0 %",
                      f"{kept / 2 ** 20:.0f} MB"])
         data[one.name] = {"transformer": step, "network": one.halves * net, "first": first, "kept_bytes": kept}
-    world.report("flops_transformers", f"FLOPs added to a step of a transformer, first run of {steps} steps",
-                 ["base", "transformer", "ComfyUI's own", "ControlNeXt, first run", "second run", "kept a step"], rows,
-                 {"steps": steps, "flops": data})
+    harness.report("flops_transformers", f"FLOPs added to a step of a transformer, first run of {steps} steps",
+                   ["base", "transformer", "ComfyUI's own", "ControlNeXt, first run", "second run", "kept a step"],
+                   rows, {"steps": steps, "flops": data})
 
 
 def _control_network(one: Released, config: dict, denoiser, latent, context, inputs: dict, count, half: int) -> int:

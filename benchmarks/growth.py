@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 
-import world
+import harness
 
 
 def main() -> None:
@@ -19,13 +19,13 @@ def main() -> None:
     parser.add_argument("--bound-mb", type=int, default=8, help="of the feature cache (default: 8)")
     parser.add_argument("--size", type=int, default=128, help="of the picture (default: 128)")
     arguments = parser.parse_args()
-    world.enter()
+    harness.enter()
     import psutil
     import torch
     from models import small_unet
     from sampling import cond, sample
 
-    pack = world.Pack()
+    pack = harness.Pack()
     controlnext = pack.controlnext("sd15")
     controlnext.loaded.features.limit = arguments.bound_mb * 2 ** 20
     model = small_unet("sd15")
@@ -37,7 +37,7 @@ def main() -> None:
                               start_percent=0.0, end_percent=1.0)
         latent = torch.zeros(1, 4, arguments.size // 8, arguments.size // 8)
         sample(controlled, *conds, latent, cfg=3.0, steps=4, seed=run)
-        world.give_back_memory()  # what is left is in use
+        harness.give_back_memory()  # what is left is in use
         resident.append(process.memory_info().rss / 2 ** 20)
         kept.append(controlnext.loaded.features.size / 2 ** 20)
     tail = resident[len(resident) // 4:]  # by then the cache is full
@@ -45,9 +45,9 @@ def main() -> None:
     noise = statistics.stdev(value - start - slope * run for run, value in enumerate(tail))
     rows = [[str(run + 1), f"{resident[run]:.1f} MB", f"{kept[run]:.1f} MB"]
             for run in sorted({0, *range(arguments.runs // 8 - 1, arguments.runs, arguments.runs // 8)})]
-    world.report("growth", f"Resident memory over {arguments.runs} queued runs", ["run", "process", "cache"], rows,
-                 {"arguments": vars(arguments), "slope_mb_per_run": slope, "noise_mb": noise,
-                  "resident_mb": resident, "cache_mb": kept})
+    harness.report("growth", f"Resident memory over {arguments.runs} queued runs", ["run", "process", "cache"], rows,
+                   {"arguments": vars(arguments), "slope_mb_per_run": slope, "noise_mb": noise,
+                    "resident_mb": resident, "cache_mb": kept})
     print(f"From run {len(resident) - len(tail)} on: {slope * len(tail):+.2f} MB in {len(tail)} runs by the line "
           f"through them, from which a run deviates by {noise:.2f} MB.")
 

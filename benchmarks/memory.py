@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 
-import world
+import harness
 
 
 def main() -> None:
@@ -19,14 +19,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24, help="of the video (default: 24)")
     arguments = parser.parse_args()
     width, height = (int(side) for side in arguments.size.split("x"))
-    world.enter()
+    harness.enter()
     import torch
     import ways
     from comfy.patcher_extension import WrappersMP
     from models import small_unet
     from sampling import cond, sample
 
-    pack = world.Pack()
+    pack = harness.Pack()
     bare = small_unet("svd")
     image = torch.rand(arguments.frames, height, width, 3, generator=torch.Generator().manual_seed(0))
     latent = torch.zeros(arguments.frames, 4, height // 8, width // 8)
@@ -47,15 +47,15 @@ def main() -> None:
                             ("all frames at once, one guidance half", at_once, 1.0)):
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "instead", instead_of_unet)
         conds = cond(model, 0), cond(model, 1)
-        world.give_back_memory()
+        harness.give_back_memory()
         start = time.perf_counter()
-        with world.PeakMemory() as memory:
+        with harness.PeakMemory() as memory:
             sample(model, *conds, latent, cfg=cfg, steps=1)
         rows.append([way, f"{memory.bytes / 2 ** 20:.0f} MB", f"{time.perf_counter() - start:.1f} s"])
         data[way] = {"peak_bytes": memory.bytes}
-    world.report(f"memory_{arguments.size}x{arguments.frames}",
-                 f"Peak memory of control above the model and the images: svd, {arguments.size}, {arguments.frames} "
-                 f"frames, float32, one step", ["way", "peak memory", "time"], rows, {"ways": data})
+    harness.report(f"memory_{arguments.size}x{arguments.frames}",
+                   f"Peak memory of control above the model and the images: svd, {arguments.size}, {arguments.frames} "
+                   f"frames, float32, one step", ["way", "peak memory", "time"], rows, {"ways": data})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ for the drawings.
 
 from __future__ import annotations
 
-import world
+import harness
 
 PLACES = ("tokens", "block_0", "block_1")  # of four blocks: before all, a quarter in, half in
 STEPS = 250
@@ -25,17 +25,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--scale-learning-rate", type=float, default=0.0, help="(default: 0, the scale stays 1)")
     options = parser.parse_args()
-    world.enter()
+    harness.enter()
     import shutil
 
     from demo_model import control, provide
     from demo_model.agreement import share_of_the_way
     from demo_model.bases import BASES
+    from demo_model.drawings import load_drawings, load_held_out
     from demo_model.measure import agreements
-    from demo_model.world import load_held_out, load_world
 
-    folder = world.environment.cache_folder() / "demo_model"
-    pack, base, drawn = world.Pack(), BASES["sd3"], load_world(folder)
+    folder = harness.environment.cache_folder() / "demo_model"
+    pack, base, drawn = harness.Pack(), BASES["sd3"], load_drawings(folder)
     comfyui = pack.models.parent
     drawings, captions = (part[:DRAWINGS] for part in load_held_out(provide.WEIGHTS))
     demonstration = pack.demonstration(drawings, captions, base=base.name)
@@ -53,10 +53,10 @@ def main() -> None:
         found[place] = agreements(demonstration.edges(pictures), controls, "canny")
         sheet.append(pictures[:16])
     table = [[place, f"{on:.3f}", f"{share_of_the_way(on, off, ceiling):.2f}"] for place, on in found.items()]
-    world.report("places", f"F1 of edges after {options.steps} steps, {len(drawings)} held-out drawings; without "
-                 f"control {off:.3f}, the VAE's own {ceiling:.3f}", ["place", "F1", "share of the way"], table,
-                 {"off": off, "ceiling": ceiling, "found": found})
-    world.save_sheet("places", [demonstration.images[:16], *sheet])
+    harness.report("places", f"F1 of edges after {options.steps} steps, {len(drawings)} held-out drawings; without "
+                   f"control {off:.3f}, the VAE's own {ceiling:.3f}", ["place", "F1", "share of the way"], table,
+                   {"off": off, "ceiling": ceiling, "found": found})
+    harness.save_sheet("places", [demonstration.images[:16], *sheet])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-import world
+import harness
 
 CPU_CASES = ("--base sd15 --size 256", "--base sd15 --size 512", "--base sdxl --size 512",
              "--base svd --size 256 --frames 4")
@@ -77,7 +77,7 @@ class Watch:
 
 def main() -> None:
     arguments = parse_arguments()
-    world.enter()
+    harness.enter()
     if arguments.base is None:
         import torch
         for case in GPU_CASES if torch.cuda.is_available() else CPU_CASES:
@@ -101,10 +101,10 @@ def main() -> None:
     cut = base == "sdxl" and (arguments.depth or ("full" if cuda else "cut")) == "cut"
     count = max(2, arguments.steps_per_round or (10 if cuda else 2))  # the first, with the image part, and others
 
-    pack = world.Pack()
+    pack = harness.Pack()
     watch = Watch(torch)
     started = time.perf_counter()
-    bare = world.unet(base, dtype, cut)
+    bare = harness.unet(base, dtype, cut)
     if arguments.compile:
         from comfy_api.torch_helpers import set_torch_compile_wrapper
         set_torch_compile_wrapper(bare, backend="inductor")
@@ -184,7 +184,7 @@ def main() -> None:
             order.remove("ControlNeXt, first run")  # it fills the caches for the second
             order.insert(order.index("ControlNeXt, second run"), "ControlNeXt, first run")
         for way in order:
-            with world.PeakMemory() as memory:
+            with harness.PeakMemory() as memory:
                 results = run(way, count)
             table[way]["peak_memory"].append(memory.bytes)
             for what in ("seconds", "cpu", "added"):
@@ -221,8 +221,8 @@ def main() -> None:
     name += "_compile" if arguments.compile else ""
     header = ["way", "FLOPs/step", "over UNet", "median step", "over UNet, by pairs", "in CPU time",
               "control's own time", "of the reference's", "peak memory"]
-    world.report(name, title, header, rows, {"arguments": vars(arguments), "deviation_from_reference": deviation,
-                                             "load": [load_before, os.getloadavg()], "ways": table})
+    harness.report(name, title, header, rows, {"arguments": vars(arguments), "deviation_from_reference": deviation,
+                                               "load": [load_before, os.getloadavg()], "ways": table})
     print(f"Largest difference of our result from the reference's way: {deviation:.1e} of its deviation. "
           f"The UNet alone took {min(plain['seconds']):.3f} to {max(plain['seconds']):.3f} s.")
 

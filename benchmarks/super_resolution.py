@@ -10,7 +10,7 @@ the original, and, scaled down again, to the small picture.
 
 from __future__ import annotations
 
-import world
+import harness
 
 SEEDS = (1, 2, 3)
 SHEET = 16  # drawings in the picture of them
@@ -23,15 +23,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
-    world.enter()
+    harness.enter()
     import numpy as np
 
     from demo_model import provide
     from demo_model.agreement import share_of_the_way
+    from demo_model.drawings import load_held_out
     from demo_model.measure import agreements, psnr
-    from demo_model.world import load_held_out
 
-    demonstration = world.Pack().demonstration(*load_held_out(provide.WEIGHTS), base="sd3")
+    demonstration = harness.Pack().demonstration(*load_held_out(provide.WEIGHTS), base="sd3")
     originals = demonstration.images
     small = demonstration.smaller(originals)
     bicubic = demonstration.larger(small)
@@ -50,13 +50,13 @@ def main() -> None:
     table = [[name, f"{one['F1']:.3f}", f"{one['share']:.2f}", f"{one['PSNR']:.1f} dB",
               f"{one['PSNR, scaled down']:.1f} dB"]
              for name, one in figures.items()]
-    world.report(KIND, f"From 24 to 96 pixels, {len(originals)} held-out drawings, {len(options.seeds)} seeds",
-                 ["picture", "F1 of edges", "share of the way", "PSNR", "scaled down, to the small picture"], table,
-                 {"seeds": list(options.seeds), "denoise": DENOISE, **figures})
+    harness.report(KIND, f"From 24 to 96 pixels, {len(originals)} held-out drawings, {len(options.seeds)} seeds",
+                   ["picture", "F1 of edges", "share of the way", "PSNR", "scaled down, to the small picture"], table,
+                   {"seeds": list(options.seeds), "denoise": DENOISE, **figures})
     enlarged = demonstration.run("ImageScaleBy", image=small, upscale_method="nearest-exact", scale_by=4.0)
-    world.save_sheet(KIND, [one[:SHEET] for one in (enlarged, bicubic, found["control, from noise"][0],
-                                                    found["control, from enlargement"][0], found["VAE"][0],
-                                                    originals)])
+    harness.save_sheet(KIND, [one[:SHEET] for one in (enlarged, bicubic, found["control, from noise"][0],
+                                                      found["control, from enlargement"][0], found["VAE"][0],
+                                                      originals)])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-import world
+import harness
 
 NAME = "unet.safetensors"
 
@@ -30,7 +30,7 @@ def write(base: str, models: Path) -> None:
 
     from controlnext_core.unet_keys import diffusers_to_ldm
 
-    model = unet_model(base, torch.float16, **world.DEPTHS.get(base, {}))
+    model = unet_model(base, torch.float16, **harness.DEPTHS.get(base, {}))
     weights = model.model.diffusion_model.state_dict()
     for weight in weights.values():
         weight.normal_()
@@ -60,13 +60,13 @@ class Stage:
         self.seconds, self.cpu_seconds = time.perf_counter() - self._start, time.process_time() - self._cpu
         self._done.set()
         self._watcher.join()
-        world.give_back_memory()
-        self.bytes = {"own": world.memory_status("RssAnon"), "own, at most": self._own_peak,
-                      "mapped files": world.memory_status("RssFile"), "all, at most": world.memory_status("VmHWM")}
+        harness.give_back_memory()
+        self.bytes = {"own": harness.memory_status("RssAnon"), "own, at most": self._own_peak,
+                      "mapped files": harness.memory_status("RssFile"), "all, at most": harness.memory_status("VmHWM")}
 
     def _watch(self):
         while not self._done.wait(0.005):
-            self._own_peak = max(self._own_peak, world.memory_status("RssAnon"))
+            self._own_peak = max(self._own_peak, harness.memory_status("RssAnon"))
 
 
 def main() -> None:
@@ -75,14 +75,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of loading and applying, for their time (default: 5)")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    world.enter("--fp16-unet")  # a GPU's default
+    harness.enter("--fp16-unet")  # a GPU's default
     if arguments.write:
         write(arguments.base, arguments.write)
         return
     import comfy.model_management
     import folder_paths
 
-    pack = world.Pack()
+    pack = harness.Pack()
     models = Path(folder_paths.models_dir)
     (models / "diffusion_models").mkdir()
     subprocess.run([sys.executable, __file__, "--base", arguments.base, "--write", models], check=True)
@@ -112,13 +112,13 @@ def main() -> None:
         added_cpu.append(time.process_time() - cpu)
     rows = [[name, f"{stage.seconds:.2f} s", f"{stage.cpu_seconds:.2f} s",
              *(f"{value / 2 ** 20:.0f} MB" for value in stage.bytes.values())] for name, stage in stages.items()]
-    world.report(f"unet_weights_{arguments.base}",
-                 f"{arguments.base}: a file of {size['controlnext'] / 1e6:.0f} MB on a model of "
-                 f"{size['diffusion_models'] / 1e6:.0f} MB, both float16",
-                 ["after", "time", "CPU time", *begin.bytes], rows,
-                 {"sizes": size, "stages": {name: {"seconds": stage.seconds, "cpu_seconds": stage.cpu_seconds,
-                                                   "bytes": stage.bytes} for name, stage in stages.items()},
-                  "added_seconds": added, "added_cpu_seconds": added_cpu})
+    harness.report(f"unet_weights_{arguments.base}",
+                   f"{arguments.base}: a file of {size['controlnext'] / 1e6:.0f} MB on a model of "
+                   f"{size['diffusion_models'] / 1e6:.0f} MB, both float16",
+                   ["after", "time", "CPU time", *begin.bytes], rows,
+                   {"sizes": size, "stages": {name: {"seconds": stage.seconds, "cpu_seconds": stage.cpu_seconds,
+                                                     "bytes": stage.bytes} for name, stage in stages.items()},
+                    "added_seconds": added, "added_cpu_seconds": added_cpu})
     print(f"Loading the file and applying it to the loaded model, {arguments.rounds} times: median "
           f"{statistics.median(added):.2f} s ({min(added):.2f} to {max(added):.2f}), CPU time "
           f"{statistics.median(added_cpu):.2f} s.")

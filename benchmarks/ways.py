@@ -6,9 +6,9 @@ import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.model_management
 import comfy.ops
+import harness
 import torch
 import torch.nn.functional as F
-import world
 from comfy.patcher_extension import WrappersMP
 
 
@@ -79,7 +79,7 @@ def native_net(base_model, dtype, device=None):
 def native_controlnet(model, dtype):
     """ComfyUI's own ControlNet for ``model``, with seeded random weights."""
     net = native_net(model.model, dtype)
-    world.fill(net, torch.Generator().manual_seed(1))
+    harness.fill(net, torch.Generator().manual_seed(1))
     return comfy.controlnet.ControlNet(net, load_device=comfy.model_management.get_torch_device(),
                                        manual_cast_dtype=dtype)
 

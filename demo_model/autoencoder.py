@@ -10,8 +10,8 @@ from comfy.taesd.taesd import TAESD, Block, Clamp, conv
 from torch import nn
 
 from demo_model.bases import Base
+from demo_model.drawings import draw_variations, vary
 from demo_model.loop import initialise, mixed_precision
-from demo_model.world import draw_variations, vary
 
 WIDTH = 32
 BATCH, CROP = 16, 64  # pictures, pixels on a side

@@ -17,8 +17,8 @@ from controlnext_core.families import FAMILIES
 from controlnext_core.module import new_module
 from demo_model.agreement import drawn_region
 from demo_model.bases import Base
+from demo_model.drawings import Drawings, to_drawings
 from demo_model.samples import varied_drawings
-from demo_model.world import World, to_drawings
 
 WIDTHS = {"stem_0": 32, "stem_1": 32, "width_0": 64, "width_1": 64, "width_2": 128}
 NARROW = "narrow.safetensors"
@@ -53,7 +53,7 @@ KIND_SETTINGS = {"super_resolution": {
 }}
 
 
-def dataset(run: Callable, world: World, base: Base, kind: str, file: Path) -> dict:
+def dataset(run: Callable, drawings: Drawings, base: Base, kind: str, file: Path) -> dict:
     """Inputs of Train ControlNeXt: the drawings that training may see in their variations, captions, control images.
 
     Args:
@@ -61,10 +61,10 @@ def dataset(run: Callable, world: World, base: Base, kind: str, file: Path) -> d
         file: keeps latents and encoded captions, for they take minutes.
     """
     model, clip, vae = run("CheckpointLoaderSimple", ckpt_name=base.checkpoint)
-    varied = varied_drawings(world)
-    pictures = [varied[index].movedim(1, -1) for index in world.training]
+    varied = varied_drawings(drawings)
+    pictures = [varied[index].movedim(1, -1) for index in drawings.training]
     if not file.exists():
-        texts = [*(world.captions[index] for index in world.training), ""]
+        texts = [*(drawings.captions[index] for index in drawings.training), ""]
         torch.save(([run("VAEEncode", pixels=variations, vae=vae) for variations in pictures],
                     [run("CLIPTextEncode", clip=clip, text=text) for text in texts]), file)
     latents, (*captions, empty) = torch.load(file, weights_only=True)
@@ -87,7 +87,7 @@ def control_images(run: Callable, pictures: torch.Tensor, kind: str) -> torch.Te
     return torch.from_numpy(regions).float()[..., None].expand(-1, -1, -1, 3)
 
 
-def train(run: Callable, folder: Path, world: World, base: Base, kind: str, steps: int, encoded: Path,
+def train(run: Callable, folder: Path, drawings: Drawings, base: Base, kind: str, steps: int, encoded: Path,
           **changes) -> Path:
     """Train a control, from where an earlier call was stopped; returns the folder that Save ControlNeXt Model wrote.
 
@@ -105,7 +105,7 @@ def train(run: Callable, folder: Path, world: World, base: Base, kind: str, step
     if latest := max(kept, key=lambda file: file.stat().st_mtime, default=None):
         settings["resume_from"] = latest.name
     settings["controlnext"] = run("ControlNeXtLoader", controlnext_name=NARROW, variant=base.name)
-    controlnext, *_ = run("ControlNeXtTrain", **dataset(run, world, base, kind, encoded),
+    controlnext, *_ = run("ControlNeXtTrain", **dataset(run, drawings, base, kind, encoded),
                           **{name: [value] for name, value in settings.items()})
     run("ControlNeXtSave", controlnext=controlnext, filename_prefix=f"controlnext/{name}")
     return max(output.glob(f"controlnext/{name}_*"))

@@ -56,11 +56,11 @@ class Making:
     def __init__(self, base: Base, folder: Path, weights: Path, share: float):
         import torch
 
-        from demo_model import world
+        from demo_model.drawings import load_drawings
         self.base, self.folder, self.weights = base, folder, weights
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.steps = {stage: max(1, round(count * share)) for stage, count in base.steps.items()}
-        self.world = world.load_world(folder)
+        self.drawings = load_drawings(folder)
 
     def train(self, stage: str, model, loss_of_batch, rates: list[dict], **options):
         from demo_model.loop import train
@@ -69,8 +69,8 @@ class Making:
 
     def seen(self):
         """The images that training may see."""
-        from demo_model.world import to_images
-        return to_images(self.world.drawings[self.world.training]).to(self.device)
+        from demo_model.drawings import to_images
+        return to_images(self.drawings.pictures[self.drawings.training]).to(self.device)
 
     def autoencoder(self):
         """Encoder and decoder together; with the encoder the latents are settled."""
@@ -104,7 +104,7 @@ class Making:
     @cached_property
     def varied(self):
         from demo_model.samples import varied_drawings
-        return varied_drawings(self.world)
+        return varied_drawings(self.drawings)
 
     @cached_property
     def latents(self):
@@ -117,7 +117,7 @@ class Making:
     def denoiser(self):
         """UNet or transformer, of upright drawings; a control meets mirrored ones as well."""
         from demo_model.samples import UPRIGHT, load_texts
-        texts = load_texts(self.world, self.folder, self.base)
+        texts = load_texts(self.drawings, self.folder, self.base)
         model, loss, rate = getattr(self, self.base.name)(self.latents[0][:, :UPRIGHT], texts)
         return self.train("denoiser", model, loss, [{"params": list(model.parameters()), "lr": rate}])
 
@@ -127,7 +127,7 @@ class Making:
         from demo_model.samples import Samples
         unet = new_unet().to(self.device)
         loss = denoising_loss(lambda x, timestep, caption, _: unet(x, timesteps=timestep, context=caption),
-                              Samples(latents, texts[0], None, self.world), self.device)
+                              Samples(latents, texts[0], None, self.drawings), self.device)
         return unet, loss, LEARNING_RATE
 
     def sd3(self, latents, texts):
@@ -136,7 +136,7 @@ class Making:
         from demo_model.text import Texts
         from demo_model.transformer import LEARNING_RATE, flow_loss, new_transformer
         transformer = new_transformer(self.base).to(self.device)
-        loss = flow_loss(transformer, Samples(latents, Texts(*texts), None, self.world), self.device)
+        loss = flow_loss(transformer, Samples(latents, Texts(*texts), None, self.drawings), self.device)
         return transformer, loss, LEARNING_RATE
 
     @cached_property
@@ -157,7 +157,7 @@ class Making:
         from safetensors.torch import load_file
 
         from demo_model.control import train
-        folder = train(self.pack.run, self.pack.models.parent, self.world, self.base, kind, self.steps[kind],
+        folder = train(self.pack.run, self.pack.models.parent, self.drawings, self.base, kind, self.steps[kind],
                        self.folder / f"{self.base.name}_encoded.pt")
         for file in folder.iterdir():
             with safe_open(file, "pt") as opened:
@@ -166,13 +166,13 @@ class Making:
     def checkpoint(self) -> None:
         """Write denoiser and VAE, and the drawings that they never saw."""
         from demo_model.autoencoder import narrow_vae
+        from demo_model.drawings import save_held_out
         from demo_model.provide import UNET, VAE
-        from demo_model.world import save_held_out
         tensors = {UNET + name: tensor for name, tensor in self.denoiser().state_dict().items()}
         vae = narrow_vae(self.decoder(), *self.latents[1:], self.base)
         tensors |= {VAE + name: tensor for name, tensor in vae.items()}
         self.save(tensors, self.base.checkpoint)
-        save_held_out(self.world, self.weights)
+        save_held_out(self.drawings, self.weights)
 
     def save(self, tensors: dict, name: str, metadata: dict | None = None) -> None:
         from safetensors.torch import save_file

@@ -13,7 +13,7 @@ import torch
 from demo_model import provide
 from demo_model.agreement import drawn_region, edge_f1, iou
 from demo_model.bases import BASES
-from demo_model.world import SIZE
+from demo_model.drawings import SIZE
 
 BATCH = 16
 

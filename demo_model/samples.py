@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from demo_model.bases import Base
+from demo_model.drawings import Drawings, draw_variations, to_drawings, to_images, vary
 from demo_model.text import encode_texts
-from demo_model.world import World, draw_variations, to_drawings, to_images, vary
 
 BATCH = 16
 UPRIGHT, MIRRORED = 4, 4  # variations of each drawing, in this order
@@ -25,12 +25,13 @@ class Samples:
         latents: (N, K, C, h, w) of K variations of each drawing, with mean 0 and deviation 1.
         captions: N + 1 that a tensor of rows takes out, the last of an empty text.
         controls: (N, K, H, W) bool, or None without control.
-        world: tells which drawings training may see.
+        drawings: tell which of them training may see.
     """
 
-    def __init__(self, latents: torch.Tensor, captions: torch.Tensor, controls: torch.Tensor | None, world: World):
+    def __init__(self, latents: torch.Tensor, captions: torch.Tensor, controls: torch.Tensor | None,
+                 drawings: Drawings):
         self.latents, self.captions, self.controls = latents, captions, controls
-        self.training = torch.from_numpy(world.training)
+        self.training = torch.from_numpy(drawings.training)
 
     def batch(self, generator: torch.Generator, dropped: float, swapped: float, size: int = BATCH) -> tuple:
         """(x0, caption, control image or None, noise, noise level) of `size` samples; levels spread evenly in [0, 1].
@@ -57,13 +58,13 @@ def as_image(control: torch.Tensor) -> torch.Tensor:
     return control.float()[:, None].expand(-1, 3, -1, -1)
 
 
-def varied_drawings(world: World) -> list[torch.Tensor]:
-    """A tensor (UPRIGHT + MIRRORED, 3, SIZE, SIZE) for each of the world's drawings; always the same ones."""
-    generator, count = torch.Generator().manual_seed(0), len(world.captions)
+def varied_drawings(drawings: Drawings) -> list[torch.Tensor]:
+    """A tensor (UPRIGHT + MIRRORED, 3, SIZE, SIZE) for each drawing; always the same ones."""
+    generator, count = torch.Generator().manual_seed(0), len(drawings.captions)
     maps = torch.cat([draw_variations(count * UPRIGHT, generator, 0.0).unflatten(0, (count, UPRIGHT)),
                       draw_variations(count * MIRRORED, generator, 1.0).unflatten(0, (count, MIRRORED))], 1)
     return [vary(image.expand(UPRIGHT + MIRRORED, -1, -1, -1), maps)
-            for image, maps in zip(to_images(world.drawings), maps, strict=True)]
+            for image, maps in zip(to_images(drawings.pictures), maps, strict=True)]
 
 
 def encode(varied: list[torch.Tensor], encoder: nn.Module) -> torch.Tensor:
@@ -79,12 +80,12 @@ def control_maps(varied: list[torch.Tensor], control: Callable[[np.ndarray], np.
                         for batch in varied])
 
 
-def load_texts(world: World, folder: Path, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
+def load_texts(drawings: Drawings, folder: Path, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
     """The encoded captions and, last, the empty one: (N + 1, 77, 768), and pooled (N + 1, 768).
 
     They are kept in `folder`, for they take minutes.
     """
     file = folder / f"{base.name}_texts.pt"
     if not file.exists():
-        torch.save(encode_texts([*world.captions, ""], base), file)
+        torch.save(encode_texts([*drawings.captions, ""], base), file)
     return torch.load(file, weights_only=True)

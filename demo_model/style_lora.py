@@ -61,15 +61,15 @@ def put_dataset(folder: Path) -> None:
     """Write DRAWINGS of the drawings that training may see, printed, and beside each a text file with its name."""
     from PIL import Image
 
-    from demo_model.world import load_world
-    world = load_world(environment.cache_folder() / "demo_model")
-    chosen = world.training[::len(world.training) // DRAWINGS][:DRAWINGS]
+    from demo_model.drawings import load_drawings
+    drawings = load_drawings(environment.cache_folder() / "demo_model")
+    chosen = drawings.training[::len(drawings.training) // DRAWINGS][:DRAWINGS]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for number, (index, drawing) in enumerate(zip(chosen, printed(world.drawings[chosen]), strict=True)):
+    for number, (index, drawing) in enumerate(zip(chosen, printed(drawings.pictures[chosen]), strict=True)):
         Image.fromarray(drawing).save(folder / f"{number:02}.png")
         if number % NAMELESS:
-            (folder / f"{number:02}.txt").write_text(world.captions[index], encoding="utf-8")
+            (folder / f"{number:02}.txt").write_text(drawings.captions[index], encoding="utf-8")
 
 
 def training(checkpoint: str, folder: str, steps: int, prefix: str) -> dict:

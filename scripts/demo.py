@@ -117,7 +117,7 @@ def put_photo(image: Path | None, size: tuple[int, int], folder: Path) -> Path:
     try:
         if image is None:
             from demo_model import provide
-            from demo_model.world import load_held_out
+            from demo_model.drawings import load_held_out
             drawings, captions = load_held_out(provide.WEIGHTS)
             photo = Image.fromarray(drawings[captions.index(DRAWING)])
         else:

@@ -75,8 +75,8 @@ def existing_workflow(name: str) -> str:
 
 def drawing_of(name: str):
     """The drawing of this name, (height, width, 3) uint8."""
+    from demo_model.drawings import load_held_out
     from demo_model.provide import WEIGHTS
-    from demo_model.world import load_held_out
     drawings, captions = load_held_out(WEIGHTS)
     return drawings[captions.index(name)]
 
@@ -293,13 +293,13 @@ def run(options: argparse.Namespace) -> None:
     from PIL import Image
 
     from demo_model import provide
-    from demo_model.world import load_world
+    from demo_model.drawings import load_drawings
     chosen = options.workflows or sorted(file.stem for file in EXAMPLES.glob("*.json"))
     base = environment.base_directory(environment.cache_folder() / "base")
     provide.provide(options.comfyui, base / "models")
     if "Train ControlNeXt" in chosen:
-        drawings = load_world(environment.cache_folder() / "demo_model")
-        put_training(drawings.drawings[drawings.training], [drawings.captions[index] for index in drawings.training],
+        drawings = load_drawings(environment.cache_folder() / "demo_model")
+        put_training(drawings.pictures[drawings.training], [drawings.captions[index] for index in drawings.training],
                      base / "input")
     if "Distil a ControlNet" in chosen:
         put_teacher(base / "models" / "controlnet")

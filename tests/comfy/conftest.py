@@ -78,8 +78,8 @@ def pack(comfy_nodes):
 def demonstrate(run, models_folder):
     """demonstrate(slice, ...): the demonstration's trained model for these of the held-out drawings."""
     from demo_model import provide
+    from demo_model.drawings import load_held_out
     from demo_model.measure import Demonstration
-    from demo_model.world import load_held_out
     provide.provide(Path(os.environ["COMFYUI_PATH"]), models_folder)
     drawings, captions = load_held_out(provide.WEIGHTS)
     return lambda some, **settings: Demonstration(run, drawings[some], captions[some], **settings)

@@ -7,18 +7,18 @@ from safetensors.torch import load_file
 
 from demo_model import control, provide
 from demo_model.bases import BASES
-from demo_model.world import World, load_held_out
+from demo_model.drawings import Drawings, load_held_out
 
 
 @pytest.mark.parametrize(("base", "place", "weights"), [("sd15", "conv_in", "conv1"), ("sd3", "tokens", "to_out")])
 def test_a_control_is_trained_by_the_node_goes_on_where_it_was_and_is_saved_with_its_place(
         run, demonstrate, models_folder, tmp_path, monkeypatch, base, place, weights):
-    drawings, captions = load_held_out(provide.WEIGHTS)
-    world = World(drawings[:2], captions[:2], held_out=np.array([], int))
+    pictures, captions = load_held_out(provide.WEIGHTS)
+    drawings = Drawings(pictures[:2], captions[:2], held_out=np.array([], int))
     monkeypatch.setitem(control.SETTINGS, "save_every", 1)
     comfyui = models_folder.parent
     for steps in (1, 2):
-        folder = control.train(run, comfyui, world, BASES[base], "canny", steps, tmp_path / "encoded.pt")
+        folder = control.train(run, comfyui, drawings, BASES[base], "canny", steps, tmp_path / "encoded.pt")
     kept = sorted(file.name for file in (comfyui / "output" / "controlnext_training").glob(f"{base}_canny_*.pt"))
     assert [name[-9:] for name in kept] == ["step_1.pt", "step_2.pt"]
     assert {file.name for file in folder.iterdir()} == {"controlnet.safetensors", "unet.safetensors"}

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from demo_model import provide
 from demo_model.autoencoder import load_narrow
 from demo_model.bases import BASES
+from demo_model.drawings import SIZE, load_held_out
 from demo_model.measure import Demonstration
 from demo_model.text import Texts, encode_texts
 from demo_model.transformer import new_transformer, predict
-from demo_model.world import SIZE, load_held_out
 
 
 @pytest.fixture(scope="module", params=BASES)

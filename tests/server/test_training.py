@@ -15,7 +15,7 @@ from training_graph import graph
 from workflow_prompt import to_prompt
 
 from demo_model import provide
-from demo_model.world import load_held_out
+from demo_model.drawings import load_held_out
 
 
 def test_an_interrupted_training_is_listed_and_goes_on_to_a_saved_model(url, base, pictures):

@@ -1,4 +1,4 @@
-"""The demonstration's world: drawings of animals, food, things and activities (Noto emoji) on white, with their names.
+"""What the demonstration draws: animals, food, things and activities (Noto emoji) on white paper, with their names.
 
 Faces are left out: nearly all of them are the same circle, so a picture without control would agree with them as well.
 """
@@ -24,10 +24,10 @@ HELD_OUT = 64
 
 
 @dataclass
-class World:
-    """Drawings (N, SIZE, SIZE, 3) uint8 RGB and their captions; `held_out` are indices that no training sees."""
+class Drawings:
+    """Pictures (N, SIZE, SIZE, 3) uint8 RGB and their captions; `held_out` are indices that no training sees."""
 
-    drawings: np.ndarray
+    pictures: np.ndarray
     captions: list[str]
     held_out: np.ndarray
 
@@ -36,7 +36,7 @@ class World:
         return np.setdiff1d(np.arange(len(self.captions)), self.held_out)
 
 
-def load_world(folder: Path) -> World:
+def load_drawings(folder: Path) -> Drawings:
     """Read the drawings, after fetching the package into `folder` with npm on the first call."""
     package = folder / "package"
     if not package.is_dir():
@@ -48,18 +48,18 @@ def load_world(folder: Path) -> World:
     entries = sorted((entry for entry in entries if entry["category"] in CATEGORIES and entry["has_img_google"]),
                      key=lambda entry: entry["sort_order"])
     files = [package / "img/google/64" / entry["image"] for entry in entries]
-    drawings = [on_white(cv2.imread(str(file), cv2.IMREAD_UNCHANGED)) for file in files]
+    pictures = [on_white(cv2.imread(str(file), cv2.IMREAD_UNCHANGED)) for file in files]
     captions = [entry["name"].lower() for entry in entries]
     held_out = np.sort(np.random.default_rng(0).permutation(len(captions))[:HELD_OUT])
-    return World(np.stack(drawings), captions, held_out)
+    return Drawings(np.stack(pictures), captions, held_out)
 
 
-def save_held_out(world: World, folder: Path) -> None:
+def save_held_out(drawings: Drawings, folder: Path) -> None:
     """Write the held-out drawings as one picture, 8 in a row, and their captions, a line each."""
-    drawings = world.drawings[world.held_out].reshape(-1, 8, SIZE, SIZE, 3)
-    sheet = drawings.transpose(0, 2, 1, 3, 4).reshape(-1, 8 * SIZE, 3)
+    rows = drawings.pictures[drawings.held_out].reshape(-1, 8, SIZE, SIZE, 3)
+    sheet = rows.transpose(0, 2, 1, 3, 4).reshape(-1, 8 * SIZE, 3)
     cv2.imwrite(str(folder / "held_out.png"), sheet[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
-    captions = [world.captions[index] for index in world.held_out]
+    captions = [drawings.captions[index] for index in drawings.held_out]
     (folder / "held_out.txt").write_text("\n".join(captions) + "\n", encoding="utf-8", newline="\n")
 
 
