@@ -14,7 +14,6 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent
-INSIDE = "CONTROLNEXT_BENCHMARK"  # set when the script runs again in the Python that runs ComfyUI
 
 sys.path[1:1] = [str(REPOSITORY / "scripts"), str(REPOSITORY / "tests" / "comfy")]
 import environment  # noqa: E402
@@ -29,28 +28,14 @@ DEPTHS = {  # transformer depths of the released UNet, where the tests' one is c
 
 
 def enter(*options: str) -> None:
-    """Go on in the Python that runs ComfyUI, set up on the first call; ComfyUI can be imported afterwards.
+    """Go on in the Python that runs ComfyUI (``environment.enter``); ComfyUI can be imported afterwards.
 
     Args:
         options: of ComfyUI's command line.
     """
-    if INSIDE not in os.environ:
-        try:
-            python, comfyui = environment.set_up()
-        except environment.SetupError as error:
-            sys.exit(f"Error: {error}")
-        os.environ[INSIDE], os.environ["COMFYUI_PATH"] = "1", str(comfyui)
-        environment.become(python, sys.argv)
-    import torch
-    sys.path.insert(1, os.environ["COMFYUI_PATH"])
-    base = environment.base_directory(Path(tempfile.mkdtemp(prefix="controlnext-benchmark-")))
+    comfyui, base = environment.enter(), Path(tempfile.mkdtemp(prefix="controlnext-benchmark-"))
     atexit.register(shutil.rmtree, base, ignore_errors=True)
-    # PyTorch's attention is ComfyUI's default on a GPU; its default on a CPU would slow the UNet and flatter control
-    sys.argv = ["main.py", "--base-directory", str(base), "--use-pytorch-cross-attention",
-                *([] if torch.cuda.is_available() else ["--cpu"]), *options]
-    import comfy.options
-    comfy.options.enable_args_parsing()
-    sys.path.append(str(REPOSITORY))  # last, since ComfyUI has a module `nodes` of its own
+    in_process.start_comfyui(comfyui, base, *options)
     logging.getLogger().setLevel(logging.ERROR)
 
 

@@ -8,6 +8,8 @@ own; distance is to that one, root mean square, at COARSE pixels. Needs npm for 
 
 from __future__ import annotations
 
+import argparse
+
 import harness
 
 PROMPTS = 64
@@ -19,6 +21,7 @@ COARSE = 24  # pixels a side at which pictures are compared
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     harness.enter()
     import numpy as np
     import torch

@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyUI has a module `nodes` of its own
 
 import environment  # noqa: E402
+import in_process  # noqa: E402
 
 from demo_model.bases import BASES, Base  # noqa: E402
 
@@ -36,8 +37,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights",
                         help="folder for what is made (default: %(default)s)")
     parser.add_argument("--share", type=float, default=1.0, help="of the steps, for a trial (default: 1)")
-    # Set when the script runs again in the Python that runs ComfyUI.
-    parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.base = BASES[options.base]
     if unknown := set(options.stages) - set(stages_of(options.base)):
@@ -142,7 +141,6 @@ class Making:
     @cached_property
     def pack(self):
         """ComfyUI's nodes and the pack's, with the checkpoint among ComfyUI's models."""
-        import in_process
         import stand_in
 
         from demo_model import provide
@@ -187,21 +185,11 @@ def main() -> None:
     options = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Train ControlNeXt keeps what it trained then, too
     folder = options.folder or environment.cache_folder() / "demo_model"
-    if options.comfyui:
-        sys.path.insert(0, str(options.comfyui))
-        import torch
-        base = environment.base_directory(folder / "comfyui")
-        sys.argv = [sys.argv[0], "--base-directory", str(base), "--use-pytorch-cross-attention",
-                    *([] if torch.cuda.is_available() else ["--cpu"])]
-        import comfy.options
-        comfy.options.enable_args_parsing()
-        making = Making(options.base, folder, options.weights, options.share)
-        for stage in options.stages or stages_of(options.base):
-            making.control(stage) if stage in CONTROLS else getattr(making, stage)()
-        print(f"The weights are in {options.weights}")
-    else:
-        python, comfyui = environment.set_up()
-        environment.become(python, [__file__, "--comfyui", str(comfyui), *sys.argv[1:]])
+    in_process.start_comfyui(environment.enter(), folder / "comfyui")
+    making = Making(options.base, folder, options.weights, options.share)
+    for stage in options.stages or stages_of(options.base):
+        making.control(stage) if stage in CONTROLS else getattr(making, stage)()
+    print(f"The weights are in {options.weights}")
 
 
 if __name__ == "__main__":

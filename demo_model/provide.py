@@ -49,8 +49,9 @@ def provide(comfyui: Path, models: Path) -> None:
 def make(comfyui: Path, models: Path) -> None:
     """Write the files into ComfyUI's models folder `models`."""
     sys.path.append(str(FOLDER.parent / "scripts"))
+    import in_process
     import stand_in
-    stand_in.load_comfyui(comfyui)
+    in_process.load_comfyui(comfyui, "--cpu")
     checkpoints = {base.checkpoint: base for base in BASES.values()}
     for name, folder in FILES.items():
         place = models / folder / name

@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyUI has a module `nodes` of its own
-
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 import environment  # noqa: E402
 
 INK, PAPER = (10, 95, 130), (255, 255, 255)  # RGB
@@ -44,8 +41,6 @@ SETTINGS = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="of the training (default: %(default)s)")
-    # Set when the script runs again in the Python that runs ComfyUI.
-    parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -93,8 +88,9 @@ def training(checkpoint: str, folder: str, steps: int, prefix: str) -> dict:
     }
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, comfyui: Path) -> None:
     import comfy_client
+    import in_process
     import stand_in
     from demo import needs_cpu_option
     from safetensors.torch import load_file, save_file
@@ -104,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
     base, sd15 = environment.base_directory(environment.cache_folder() / "style_lora"), BASES["sd15"]
     put_dataset(base / "input" / "style")
     device = ("--cpu",) if needs_cpu_option() else ()
-    stand_in.load_comfyui(options.comfyui)
+    in_process.load_comfyui(comfyui, "--cpu")
     # not provide.provide, which wants the LoRA, too
     stand_in.save(provide.checkpoint(sd15), base / "models" / "checkpoints" / sd15.checkpoint)
     for left_over in (base / "output").glob("style_*.safetensors"):
@@ -117,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
         if kind == "progress" and data["node"] == "train" and (data["value"] % 50 == 0 or data["value"] == 1):
             print(f"  {time.monotonic() - start:5.1f} s  step {data['value']} of {data['max']}", flush=True)
 
-    with comfy_client.running_server(options.comfyui, base, options=device) as url:
+    with comfy_client.running_server(comfyui, base, options=device) as url:
         comfy_client.run_graph(url, training(sd15.checkpoint, "style", options.steps, "style"), on_event)
     (saved,) = (base / "output").glob("style_*.safetensors")
     target = provide.source(provide.LORA)
@@ -125,20 +121,5 @@ def run(options: argparse.Namespace) -> None:
     print(f"Written to {target} ({target.stat().st_size / 1e6:.2f} MB)")
 
 
-def main() -> None:
-    options = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
-    try:
-        if options.comfyui:
-            run(options)
-        else:
-            python, comfyui = environment.set_up()
-            environment.become(python, [__file__, "--comfyui", str(comfyui), *sys.argv[1:]])
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    environment.command(run, parse_arguments())

@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import environment
@@ -50,8 +47,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--strength", type=float, default=1.0, help="of the control; 0 is off")
     parser.add_argument("--port", type=int, default=0, help="of the server (default: any free one)")
     parser.add_argument("--keep-open", action="store_true", help="leave the server running for a browser until Ctrl+C")
-    # Set when the script runs again in the Python that runs ComfyUI.
-    parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if bool(options.checkpoint) != bool(options.controlnext) or (options.unet_weights and not options.checkpoint):
         parser.error("--checkpoint and --controlnext belong together, --unet-weights only to them; give both, or none "
@@ -146,7 +141,7 @@ def put_weights(file: Path, folder: Path) -> str:
     return str(place.relative_to(folder))
 
 
-def files_for_job(options: argparse.Namespace, models: Path) -> dict[str, str | None]:
+def files_for_job(options: argparse.Namespace, comfyui: Path, models: Path) -> dict[str, str | None]:
     """Put the weights into ComfyUI's models folder `models`; returns what main_job needs to know of them."""
     if options.checkpoint:
         return {"checkpoint": put_weights(options.checkpoint, models / "checkpoints"),
@@ -156,17 +151,17 @@ def files_for_job(options: argparse.Namespace, models: Path) -> dict[str, str | 
     from demo_model.bases import BASES
     print("Without --checkpoint and --controlnext the project's own small SD3 draws. It knows drawings of animals, "
           "food and things at 96x96 pixels.", flush=True)
-    provide.provide(options.comfyui, models)
+    provide.provide(comfyui, models)
     return {"checkpoint": BASES["sd3"].checkpoint, "controlnext": provide.SD3_CANNY,
             "unet_weights": provide.SD3_CANNY_UNET}
 
 
-def prepare_job(options: argparse.Namespace, base: Path) -> tuple[dict, Path]:
+def prepare_job(options: argparse.Namespace, comfyui: Path, base: Path) -> tuple[dict, Path]:
     """The graph that the options ask for, and the picture that it reads; their files are in ComfyUI's folders."""
     photo = put_photo(options.image, options.size, base / "input")
-    return main_job(**files_for_job(options, base / "models"), image=photo.name, size=options.size, steps=options.steps,
-                    prompt=options.prompt, negative=options.negative, cfg=options.cfg, seed=options.seed,
-                    strength=options.strength), photo
+    return main_job(**files_for_job(options, comfyui, base / "models"), image=photo.name, size=options.size,
+                    steps=options.steps, prompt=options.prompt, negative=options.negative, cfg=options.cfg,
+                    seed=options.seed, strength=options.strength), photo
 
 
 def show_progress(graph: dict):
@@ -207,13 +202,13 @@ def needs_cpu_option() -> bool:
     return not (torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available())
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, comfyui: Path) -> None:
     import comfy_client
     base = environment.base_directory(environment.cache_folder() / "base")
-    graph, photo = prepare_job(options, base)
+    graph, photo = prepare_job(options, comfyui, base)
     print("Starting ComfyUI ...", flush=True)
     device = ("--cpu",) if needs_cpu_option() else ()
-    with comfy_client.running_server(options.comfyui, base, options.port, device) as url:
+    with comfy_client.running_server(comfyui, base, options.port, device) as url:
         print(f"Running the graph on {url} ...", flush=True)
         outputs = comfy_client.run_graph(url, graph, show_progress(graph))
         picture, edges = image_path(base, outputs["save"]), image_path(base, outputs["show_edges"])
@@ -226,21 +221,5 @@ def run(options: argparse.Namespace) -> None:
                 time.sleep(1)
 
 
-def enter(options: argparse.Namespace, run: Callable[[argparse.Namespace], None]) -> None:
-    """Call ``run(options)`` in the Python that runs ComfyUI, set up on the first call; errors are one sentence."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
-    try:
-        if options.comfyui:
-            sys.path.append(str(environment.REPOSITORY))
-            run(options)
-        else:
-            python, comfyui = environment.set_up()
-            environment.become(python, [sys.argv[0], "--comfyui", str(comfyui), *sys.argv[1:]])
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    enter(parse_arguments(), run)
+    environment.command(run, parse_arguments())

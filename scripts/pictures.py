@@ -7,6 +7,7 @@ Needs Chromium on PATH.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 from pathlib import Path
@@ -141,7 +142,7 @@ def photograph_nodes(page, nodes: dict[str, str]) -> None:
         page.screenshot(path=DOCS / kind / "picture.jpg", type="jpeg", quality=85, clip=rectangle)
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace, comfyui: Path) -> None:
     import comfy_client
     import numpy as np
     from PIL import Image
@@ -151,7 +152,7 @@ def run(options) -> None:
     from demo_model import provide
     README.mkdir(exist_ok=True)
     base = environment.base_directory(environment.cache_folder() / "base")
-    job, file = demo.prepare_job(options, base)
+    job, file = demo.prepare_job(options, comfyui, base)
     photo = Image.open(file).convert("RGB")
     edges = Image.fromarray(canny(np.array(photo)))
     large = (512, 512 * photo.height // photo.width)
@@ -170,7 +171,7 @@ def run(options) -> None:
     graph["saved"] = {"class_type": "ControlNeXtSave", "inputs": {
         "controlnext": ["train", 0], "filename_prefix": "controlnext/ControlNeXt"}}
     device = ("--cpu",) if demo.needs_cpu_option() else ()
-    with comfy_client.running_server(options.comfyui, base, options=device) as url:
+    with comfy_client.running_server(comfyui, base, options=device) as url:
         with sync_playwright() as playwright:
             page = open_page(playwright, url)
             page.evaluate("graph => app.loadApiJson(graph, 'pictures')", graph)
@@ -197,4 +198,4 @@ def run(options) -> None:
 
 
 if __name__ == "__main__":
-    demo.enter(demo.parse_arguments(), run)
+    environment.command(run, demo.parse_arguments())

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import in_process
+
 CHECKPOINT = "stand_in_sd15.safetensors"
 CONTROLNEXT = "stand_in_controlnext_sd15.safetensors"
 
@@ -88,14 +90,6 @@ def provide(comfyui: Path, models: Path) -> None:
         subprocess.run([sys.executable, __file__, comfyui, models], check=True)
 
 
-def load_comfyui(comfyui: Path) -> None:
-    """Make ComfyUI's modules ones that this process can import, on the CPU."""
-    sys.path.insert(0, str(comfyui))
-    sys.argv = [sys.argv[0], "--cpu"]
-    import comfy.options
-    comfy.options.enable_args_parsing()
-
-
 def save(tensors: dict, path: Path) -> None:
     """Write a weight file, which is whole when it has its name."""
     from safetensors.torch import save_file
@@ -106,7 +100,7 @@ def save(tensors: dict, path: Path) -> None:
 
 def make(comfyui: Path, models: Path) -> None:
     """Write both files into ComfyUI's models folder `models`."""
-    load_comfyui(comfyui)
+    in_process.load_comfyui(comfyui, "--cpu")
     save(random_weights(checkpoint_shapes(), seed=0), models / "checkpoints" / CHECKPOINT)
     save(random_weights(controlnext_shapes(), seed=0), models / "controlnext" / CONTROLNEXT)
 

@@ -63,7 +63,6 @@ def parse_arguments() -> argparse.Namespace:
                         help="its name (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training-steps", type=int, default=500)
-    parser.add_argument("--comfyui", type=Path, help=argparse.SUPPRESS)  # set in the Python that runs ComfyUI
     return parser.parse_args()
 
 
@@ -288,7 +287,7 @@ def prompts(url: str, workflows: list[str]) -> dict[str, dict]:
         return graphs
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, comfyui: Path) -> None:
     import comfy_client
     from PIL import Image
 
@@ -296,7 +295,7 @@ def run(options: argparse.Namespace) -> None:
     from demo_model.drawings import load_drawings
     chosen = options.workflows or sorted(file.stem for file in EXAMPLES.glob("*.json"))
     base = environment.base_directory(environment.cache_folder() / "base")
-    provide.provide(options.comfyui, base / "models")
+    provide.provide(comfyui, base / "models")
     if "Train ControlNeXt" in chosen:
         drawings = load_drawings(environment.cache_folder() / "demo_model")
         put_training(drawings.pictures[drawings.training], [drawings.captions[index] for index in drawings.training],
@@ -305,7 +304,7 @@ def run(options: argparse.Namespace) -> None:
         put_teacher(base / "models" / "controlnet")
     Image.fromarray(drawing_of("cat face")).save(base / "input" / "example.png")  # what the files load, for GRAPHS
     device = ("--cpu",) if demo.needs_cpu_option() else ()
-    with comfy_client.running_server(options.comfyui, base, options=device) as url:
+    with comfy_client.running_server(comfyui, base, options=device) as url:
         for workflow, prompt in prompts(url, [name for name in chosen if name not in POSES]).items():
             if workflow in SHEETS:
                 files, texts = [put_sheet(SHEETS[workflow], base / "input")], [""]
@@ -334,4 +333,4 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    demo.enter(parse_arguments(), run)
+    environment.command(run, parse_arguments())
