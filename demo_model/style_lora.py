@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+import demo  # noqa: E402
 import environment  # noqa: E402
 
 INK, PAPER = (10, 95, 130), (255, 255, 255)  # RGB
@@ -69,9 +70,7 @@ def put_dataset(folder: Path) -> None:
 
 def training(checkpoint: str, folder: str, steps: int, prefix: str) -> dict:
     """The graph in ComfyUI's API format; the LoRA goes to ComfyUI's output folder as `prefix`_00001_.safetensors."""
-    def node(class_type: str, **inputs) -> dict:
-        return {"class_type": class_type, "inputs": inputs}
-
+    node = demo.node
     return {
         "checkpoint": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
         "drawings": node("LoadImageTextDataSetFromFolder", folder=folder),
@@ -92,14 +91,13 @@ def run(options: argparse.Namespace, comfyui: Path) -> None:
     import comfy_client
     import in_process
     import stand_in
-    from demo import needs_cpu_option
     from safetensors.torch import load_file, save_file
 
     from demo_model import provide
     from demo_model.bases import BASES
     base, sd15 = environment.base_directory(environment.cache_folder() / "style_lora"), BASES["sd15"]
     put_dataset(base / "input" / "style")
-    device = ("--cpu",) if needs_cpu_option() else ()
+    device = ("--cpu",) if demo.needs_cpu_option() else ()
     in_process.load_comfyui(comfyui, "--cpu")
     # not provide.provide, which wants the LoRA, too
     stand_in.save(provide.checkpoint(sd15), base / "models" / "checkpoints" / sd15.checkpoint)

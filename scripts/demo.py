@@ -70,15 +70,16 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
+def node(class_type: str, **inputs) -> dict:
+    """A node of a graph in ComfyUI's API format; [node's id, index] for an input that is another's output."""
+    return {"class_type": class_type, "inputs": inputs}
+
+
 def main_job(checkpoint: str, controlnext: str, image: str, *, size: tuple[int, int], steps: int, prompt: str = "",
              negative: str = "", cfg: float = 7.0, seed: int = 0, strength: float = 1.0,
              unet_weights: str | None = None) -> dict:
     """The graph of the main job in ComfyUI's API format: files by the names in its lists, `size` as (width, height)."""
     width, height = size
-
-    def node(class_type: str, **inputs) -> dict:
-        return {"class_type": class_type, "inputs": inputs}
-
     graph = {
         "checkpoint": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
         "controlnext": node("ControlNeXtLoader", controlnext_name=controlnext, variant="auto"),

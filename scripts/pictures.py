@@ -142,52 +142,52 @@ def photograph_nodes(page, nodes: dict[str, str]) -> None:
         page.screenshot(path=DOCS / kind / "picture.jpg", type="jpeg", quality=85, clip=rectangle)
 
 
-def run(options: argparse.Namespace, comfyui: Path) -> None:
-    import comfy_client
+def with_other_nodes(job: dict) -> dict:
+    """The main job's graph, and beside it the nodes of the pack that it has no use for."""
+    from demo_model import provide
+    node, graph = demo.node, copy.deepcopy(job)
+    graph["apply"]["inputs"]["end_percent"] = 0.8
+    return graph | {
+        "control_net": node("ControlNeXtToControlNet", controlnext=["controlnext", 0]),
+        "lora": node("ControlNeXtSaveAsLoRA", unet_name=provide.SD3_CANNY_UNET, model=["checkpoint", 0],
+                     filename_prefix="loras/ControlNeXt", rank=0),
+        "latents": node("VAEEncode", pixels=["photo", 0], vae=["checkpoint", 2]),
+        "train": node("ControlNeXtTrain", model=["checkpoint", 0], latents=["latents", 0], conditioning=["positive", 0],
+                      images=["edges", 0], steps=4, training_dtype="fp32", gradient_checkpointing=False,
+                      preview_every=0),
+        "saved": node("ControlNeXtSave", controlnext=["train", 0], filename_prefix="controlnext/ControlNeXt"),
+    }
+
+
+def photograph_run(page, graph: dict) -> None:
+    """Run the graph, and photograph its nodes, the whole of it, and an error."""
+    from demo_model import provide
+    page.evaluate("graph => app.loadApiJson(graph, 'pictures')", graph)
+    page.wait_for_timeout(1000)
+    page.get_by_test_id("queue-button").click()
+    page.wait_for_function("() => ['save', 'lora', 'saved'].every(id => app.nodeOutputs[id])", timeout=600_000)
+    page.wait_for_timeout(3000)  # the pictures on the nodes, and the message that the run is over
+    photograph_nodes(page, {"controlnext": "ControlNeXtLoader", "apply": "ControlNeXtApply",
+                            "control_net": "ControlNeXtToControlNet", "unet_weights": "ControlNeXtUNetLoader",
+                            "lora": "ControlNeXtSaveAsLoRA", "train": "ControlNeXtTrain", "saved": "ControlNeXtSave"})
+    photograph_graph(page, README / "graph.jpg")
+    photograph_error(page, graph, provide.CANNY_UNET, README / "error.jpg")
+
+
+def save_edges(photo) -> None:
+    """The help page's picture of ControlNeXt Canny."""
     import numpy as np
     from PIL import Image
-    from playwright.sync_api import sync_playwright
 
     from controlnext_core.canny import canny
-    from demo_model import provide
-    README.mkdir(exist_ok=True)
-    base = environment.base_directory(environment.cache_folder() / "base")
-    job, file = demo.prepare_job(options, comfyui, base)
-    photo = Image.open(file).convert("RGB")
     edges = Image.fromarray(canny(np.array(photo)))
     large = (512, 512 * photo.height // photo.width)
     save_row([photo.resize(large), edges.resize(large, Image.Resampling.NEAREST)], ["image", "ControlNeXt Canny"],
              DOCS / "ControlNeXtCanny" / "picture.jpg")
-    graph = copy.deepcopy(job)
-    graph["apply"]["inputs"]["end_percent"] = 0.8
-    graph["control_net"] = {"class_type": "ControlNeXtToControlNet", "inputs": {"controlnext": ["controlnext", 0]}}
-    graph["lora"] = {"class_type": "ControlNeXtSaveAsLoRA", "inputs": {
-        "unet_name": provide.SD3_CANNY_UNET, "model": ["checkpoint", 0], "filename_prefix": "loras/ControlNeXt",
-        "rank": 0}}
-    graph["latents"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["photo", 0], "vae": ["checkpoint", 2]}}
-    graph["train"] = {"class_type": "ControlNeXtTrain", "inputs": {
-        "model": ["checkpoint", 0], "latents": ["latents", 0], "conditioning": ["positive", 0], "images": ["edges", 0],
-        "steps": 4, "training_dtype": "fp32", "gradient_checkpointing": False, "preview_every": 0}}
-    graph["saved"] = {"class_type": "ControlNeXtSave", "inputs": {
-        "controlnext": ["train", 0], "filename_prefix": "controlnext/ControlNeXt"}}
-    device = ("--cpu",) if demo.needs_cpu_option() else ()
-    with comfy_client.running_server(comfyui, base, options=device) as url:
-        with sync_playwright() as playwright:
-            page = open_page(playwright, url)
-            page.evaluate("graph => app.loadApiJson(graph, 'pictures')", graph)
-            page.wait_for_timeout(1000)
-            page.get_by_test_id("queue-button").click()
-            page.wait_for_function("() => ['save', 'lora', 'saved'].every(id => app.nodeOutputs[id])", timeout=600_000)
-            page.wait_for_timeout(3000)  # the pictures on the nodes, and the message that the run is over
-            photograph_nodes(page, {"controlnext": "ControlNeXtLoader", "apply": "ControlNeXtApply",
-                                    "control_net": "ControlNeXtToControlNet",
-                                    "unet_weights": "ControlNeXtUNetLoader", "lora": "ControlNeXtSaveAsLoRA",
-                                    "train": "ControlNeXtTrain", "saved": "ControlNeXtSave"})
-            photograph_graph(page, README / "graph.jpg")
-            photograph_error(page, graph, provide.CANNY_UNET, README / "error.jpg")
-        outputs = comfy_client.run_graph(url, job)  # an event loop of its own
-    shown = (demo.image_path(base, outputs[node]) for node in ("show_edges", "save"))
-    demo.save_side_by_side(file, *shown, README / "demo.jpg")
+
+
+def save_poses() -> None:
+    """The help pages' pictures of ControlNeXt Align Pose and Draw Pose."""
     reference = person((144, 300), 370)
     dance = [person((110, 350), 240, raised=raised) for raised in (0, .5)]
     save_row(draw([reference, dance[1], aligned(dance, reference)[1]]), ["reference", "keypoints: a frame", "aligned"],
@@ -195,6 +195,25 @@ def run(options: argparse.Namespace, comfyui: Path) -> None:
     raised = [person((144, 300), 370, raised=1)]
     save_row([*draw(raised), *draw(raised, "openpose")], ["colors: controlnext", "colors: openpose"],
              DOCS / "ControlNeXtDrawPose" / "picture.jpg")
+
+
+def run(options: argparse.Namespace, comfyui: Path) -> None:
+    import comfy_client
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+    README.mkdir(exist_ok=True)
+    base = environment.base_directory(environment.cache_folder() / "base")
+    job, file = demo.prepare_job(options, comfyui, base)
+    save_edges(Image.open(file).convert("RGB"))
+
+    device = ("--cpu",) if demo.needs_cpu_option() else ()
+    with comfy_client.running_server(comfyui, base, options=device) as url:
+        with sync_playwright() as playwright:
+            photograph_run(open_page(playwright, url), with_other_nodes(job))
+        outputs = comfy_client.run_graph(url, job)  # an event loop of its own
+    shown = (demo.image_path(base, outputs[node]) for node in ("show_edges", "save"))
+    demo.save_side_by_side(file, *shown, README / "demo.jpg")
+    save_poses()
 
 
 if __name__ == "__main__":

@@ -21,11 +21,16 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import demo
 import environment
 import pictures
+
+if TYPE_CHECKING:
+    from demo_model.bases import Base
 
 EXAMPLES = environment.REPOSITORY / "example_workflows"
 SIDE = 512  # of a thumbnail
@@ -39,6 +44,8 @@ SMALL = {"SD3 Super Resolution": "cat face"}  # the drawing that it gets a quart
 SHEETS = {"Tiled Upscale with Control": ["open lock", "rooster", "camera", "horse face"]}  # one loads four drawings
 POSES = {"SD1.5 Pose": (1, 1), "SVD Pose Video": (3, 1), "SVD Long Pose Video": (3, 2)}  # columns and rows of people
 GRAPHS = {"Flux Canny": 1, "Wan Canny Video": 2}  # the group that the picture begins with
+COMPARED = ("Compare", "Train ControlNeXt", "Distil a ControlNet", *SMALL)  # with control and without, half each
+LEFT_OUT = ("LoadBackgroundRemovalModel", "LoadDA3Model", "DA3Inference")  # for what the silhouette stands
 SAMPLING = {"sd15": {"steps": 20, "cfg": 2.0}, "sd3": {name: demo.OWN[name] for name in ("steps", "cfg")}}
 STRENGTHS = {0.35: 1.0, 0.21: 0.6}  # the SDXL Canny weights' in the files, and what they are of controls trained at 1
 CONTROLS = ("canny", "super_resolution")  # that the small models have by these names; mask stands for others
@@ -132,70 +139,89 @@ def put_teacher(folder: Path) -> None:
 
 def on_small_model(prompt: dict, options: argparse.Namespace, files: list[str], texts: list[str]) -> dict:
     """The API graph of a workflow on the small model: a file for each picture to load, a text for each prompt."""
-    from demo_model import provide
     from demo_model.bases import BASES
-    width, height = demo.OWN["size"]
-    count, files, texts = len(files), itertools.cycle(files), itertools.cycle(texts)
     kinds = {values["class_type"] for values in prompt.values()}
     base = BASES["sd3" if "EmptySD3LatentImage" in kinds else "sd15"]
-    sampling = SAMPLING[base.name] | {"seed": options.seed}
+    replace_nodes(prompt)
+    if not kinds & {"ControlNeXtUNetLoader", "ControlNeXtTrain"}:
+        load_mask_weights(prompt)
 
-    def own(name: str, part: str) -> str:
-        """The small model's file for one of a control's two."""
-        control = next((control for control in CONTROLS if control in name.replace("-", "_")), "mask")
-        return f"{base.prefix}{control}_{part}.safetensors"
+    changes = changes_on_small_model(base, options, files, texts)
+    for values in prompt.values():
+        inputs = values["inputs"]
+        for name, value in changes.get(values["class_type"], {}).items():
+            inputs[name] = value(inputs[name]) if callable(value) else value
+    return prompt
 
+
+def replace_nodes(prompt: dict) -> None:
+    """Have the drawing's silhouette stand for what other models make of a picture, and scale to its small size."""
     photo = next(node for node, values in prompt.items() if values["class_type"] == "LoadImage")
     # LoadImage's mask is where a picture is transparent
-    prompt["figure_mask"] = {"class_type": "InvertMask", "inputs": {"mask": [photo, 1]}}
-    prompt["figure"] = {"class_type": "MaskToImage", "inputs": {"mask": ["figure_mask", 0]}}
+    prompt["figure_mask"] = demo.node("InvertMask", mask=[photo, 1])
+    replacements = {
+        "RemoveBackground": lambda _: demo.node("InvertMask", mask=[photo, 1]),
+        "DA3Render": lambda _: demo.node("MaskToImage", mask=["figure_mask", 0]),
+        # which makes no picture as small as these
+        "ImageScaleToTotalPixels": lambda given: demo.node("ImageScale", image=given["image"], crop="disabled",
+                                                           upscale_method=given["upscale_method"]),
+    }
     for node, values in list(prompt.items()):
-        kind, inputs = values["class_type"], values["inputs"]
-        if kind == "LoadImage":
-            inputs["image"] = next(files)
-        elif kind == "CheckpointLoaderSimple":
-            inputs["ckpt_name"] = base.checkpoint
-        elif kind == "ControlNeXtLoader":
-            inputs["controlnext_name"] = own(inputs["controlnext_name"], "controlnet")
-        elif kind == "ControlNeXtUNetLoader":
-            inputs["unet_name"] = own(inputs["unet_name"], "unet")
-        elif kind == "ControlNetApplyAdvanced":
-            inputs["strength"] = STRENGTHS.get(inputs["strength"], inputs["strength"])
-        elif kind == "ControlNeXtApply":
-            inputs["strength"] = STRENGTHS.get(inputs["strength"], inputs["strength"])
-            # the released mask control has none, ours does
-            if not kinds & {"ControlNeXtUNetLoader", "ControlNeXtTrain"}:
-                prompt["unet_weights"] = {"class_type": "ControlNeXtUNetLoader", "inputs": {
-                    "model": inputs["model"], "unet_name": provide.MASK_UNET, "strength": 1.0, "mode": "auto"}}
-                inputs["model"] = ["unet_weights", 0]
-        elif kind == "LoraLoader":
-            inputs["lora_name"] = provide.LORA
-        elif kind == "ImageScaleToTotalPixels":  # which makes no picture as small as these
-            values["class_type"] = "ImageScale"
-            values["inputs"] = {"image": inputs["image"], "upscale_method": inputs["upscale_method"], "width": width,
-                                "height": height, "crop": "disabled"}
-        elif kind == "ImageScale":
-            inputs |= {"width": width, "height": height}
-        elif kind == "EmptyLatentImage" and not isinstance(inputs["width"], list):  # side by side
-            inputs |= {"width": count * width, "height": height}
-        elif kind == "LoadImageTextDataSetFromFolder":
-            inputs["folder"] = TRAINING
-        elif kind == "ControlNeXtTrain":
-            inputs |= SETTINGS | {"steps": options.training_steps}
-        elif kind == "ControlNetLoader":
-            inputs["control_net_name"] = TEACHER
-        elif kind == "KSampler":
-            inputs |= sampling
-        elif kind == "UltimateSDUpscaleNoUpscale":  # each drawing a tile
-            inputs |= sampling | {"tile_width": width, "tile_height": height, "tile_padding": 0, "mask_blur": 0}
-        elif kind == "CLIPTextEncode" and inputs["text"]:
-            inputs["text"] = "" if "worst quality" in inputs["text"] else next(texts)
-        elif kind in ("RemoveBackground", "DA3Render"):
-            values["class_type"] = "InvertMask" if kind == "RemoveBackground" else "MaskToImage"
-            values["inputs"] = {"mask": [photo, 1] if kind == "RemoveBackground" else ["figure_mask", 0]}
-        elif kind in ("LoadBackgroundRemovalModel", "LoadDA3Model", "DA3Inference"):
+        if values["class_type"] in replacements:
+            prompt[node] = replacements[values["class_type"]](values["inputs"])
+        if values["class_type"] in LEFT_OUT:
             del prompt[node]
-    return prompt
+
+
+def load_mask_weights(prompt: dict) -> None:
+    """Put UNet weights before Apply ControlNeXt: the released mask control has none, ours does."""
+    from demo_model import provide
+    for values in list(prompt.values()):
+        if values["class_type"] == "ControlNeXtApply":
+            prompt["unet_weights"] = demo.node("ControlNeXtUNetLoader", model=values["inputs"]["model"],
+                                               unet_name=provide.MASK_UNET, strength=1.0, mode="auto")
+            values["inputs"]["model"] = ["unet_weights", 0]
+
+
+def changes_on_small_model(base: Base, options: argparse.Namespace, files: list[str], texts: list[str]) -> dict:
+    """{node: {input: its value on the small model of a base, or a function from the workflow's value to it}}."""
+    from demo_model import provide
+    width, height = demo.OWN["size"]
+    sampling = SAMPLING[base.name] | {"seed": options.seed}
+    next_file, next_text = itertools.cycle(files), itertools.cycle(texts)
+
+    def own(part: str) -> Callable[[str], str]:
+        """From a released control's file to the small model's: one of the two that a control has."""
+        def own_file(name: str) -> str:
+            control = next((control for control in CONTROLS if control in name.replace("-", "_")), "mask")
+            return f"{base.prefix}{control}_{part}.safetensors"
+        return own_file
+
+    def unless_linked(value: int) -> Callable:
+        return lambda given: given if isinstance(given, list) else value
+
+    def strength(given: float) -> float:
+        return STRENGTHS.get(given, given)
+
+    return {
+        "CheckpointLoaderSimple": {"ckpt_name": base.checkpoint},
+        "ControlNeXtLoader": {"controlnext_name": own("controlnet")},
+        "ControlNeXtUNetLoader": {"unet_name": own("unet")},
+        "ControlNeXtApply": {"strength": strength},
+        "ControlNetApplyAdvanced": {"strength": strength},
+        "LoraLoader": {"lora_name": provide.LORA},
+        "ControlNetLoader": {"control_net_name": TEACHER},
+        "LoadImage": {"image": lambda _: next(next_file)},
+        "LoadImageTextDataSetFromFolder": {"folder": TRAINING},
+        "CLIPTextEncode": {"text": lambda text: "" if not text or "worst quality" in text else next(next_text)},
+        "ImageScale": {"width": width, "height": height},
+        "EmptyLatentImage": {"width": unless_linked(len(files) * width),  # side by side
+                             "height": unless_linked(height)},
+        "ControlNeXtTrain": SETTINGS | {"steps": options.training_steps},
+        "KSampler": sampling,
+        "UltimateSDUpscaleNoUpscale": sampling | {"tile_width": width, "tile_height": height,  # each drawing a tile
+                                                  "tile_padding": 0, "mask_blur": 0},
+    }
 
 
 def shown(outputs: dict, prompt: dict, base: Path, kind: str, key: str = "images") -> list:
@@ -287,6 +313,32 @@ def prompts(url: str, workflows: list[str]) -> dict[str, dict]:
         return graphs
 
 
+def put_given(workflow: str, folder: Path) -> tuple[list[str], list[str]]:
+    """Save what a workflow is controlled by in the input folder; returns the files' names and the prompts."""
+    if workflow in SHEETS:
+        return [put_sheet(SHEETS[workflow], folder)], [""]
+    if workflow in SMALL:
+        return [put_small(SMALL[workflow], folder)], [SMALL[workflow]]
+    names = DRAWINGS[workflow]
+    files = [put_drawing(name, workflow == "Inpaint with Control", folder) for name in names]
+    return files, LEARNED_FROM + names if workflow == "Distil a ControlNet" else names
+
+
+def thumbnail(workflow: str, outputs: dict, prompt: dict, base: Path):
+    """The thumbnail of what the nodes showed."""
+    controls = shown(outputs, prompt, base, "PreviewImage")
+    if workflow in COMPARED:
+        result = halves(*(shown(outputs, prompt, base, "ImageCompare", key)[0] for key in ("a_images", "b_images")))
+    else:
+        (result,) = shown(outputs, prompt, base, "SaveImage")
+    return above(controls, result) if workflow == "Regional Control" else compose(result, controls)
+
+
+def say_made(file: Path) -> None:
+    """Say in a workflow's note how its thumbnail was made."""
+    file.write_text(file.read_text(encoding="utf-8").replace(NOT_MADE, MADE), encoding="utf-8", newline="\n")
+
+
 def run(options: argparse.Namespace, comfyui: Path) -> None:
     import comfy_client
     from PIL import Image
@@ -303,31 +355,16 @@ def run(options: argparse.Namespace, comfyui: Path) -> None:
     if "Distil a ControlNet" in chosen:
         put_teacher(base / "models" / "controlnet")
     Image.fromarray(drawing_of("cat face")).save(base / "input" / "example.png")  # what the files load, for GRAPHS
+
     device = ("--cpu",) if demo.needs_cpu_option() else ()
     with comfy_client.running_server(comfyui, base, options=device) as url:
         for workflow, prompt in prompts(url, [name for name in chosen if name not in POSES]).items():
-            if workflow in SHEETS:
-                files, texts = [put_sheet(SHEETS[workflow], base / "input")], [""]
-            elif workflow in SMALL:
-                files, texts = [put_small(SMALL[workflow], base / "input")], [SMALL[workflow]]
-            else:
-                texts = DRAWINGS[workflow]
-                files = [put_drawing(name, workflow == "Inpaint with Control", base / "input") for name in texts]
-                if workflow == "Distil a ControlNet":
-                    texts = LEARNED_FROM + texts
-            prompt = on_small_model(prompt, options, files, texts)
+            prompt = on_small_model(prompt, options, *put_given(workflow, base / "input"))
             outputs = comfy_client.run_graph(url, prompt)
-            if workflow in ("Compare", "Train ControlNeXt", "Distil a ControlNet", *SMALL):
-                keys = ("a_images", "b_images")
-                result = halves(*(shown(outputs, prompt, base, "ImageCompare", key)[0] for key in keys))
-            else:
-                (result,) = shown(outputs, prompt, base, "SaveImage")
-            controls = shown(outputs, prompt, base, "PreviewImage")
-            picture = above(controls, result) if workflow == "Regional Control" else compose(result, controls)
-            picture.save(EXAMPLES / f"{workflow}.jpg", quality=88)
-            file = EXAMPLES / f"{workflow}.json"
-            file.write_text(file.read_text(encoding="utf-8").replace(NOT_MADE, MADE), encoding="utf-8", newline="\n")
+            thumbnail(workflow, outputs, prompt, base).save(EXAMPLES / f"{workflow}.jpg", quality=88)
+            say_made(EXAMPLES / f"{workflow}.json")
             print(workflow, flush=True)
+
     for workflow in POSES.keys() & set(chosen):
         poses(*POSES[workflow]).save(EXAMPLES / f"{workflow}.jpg", quality=88)
 
