@@ -150,12 +150,16 @@ class FeatureCache:
             self._runs, self._near, self._step = [{}], [], None
             self.size = 0
 
+    def kept(self) -> list[Kept]:
+        """All that is kept, by last use."""
+        return [kept for run in self._runs for kept in run.values()]
+
     def free_device(self) -> None:
         """Forget what has no other home than the device."""
         with self._lock:
             self._leave(self._near)
             self._runs = [{key: kept for key, kept in run.items() if kept.moves} for run in self._runs]
-            self.size = sum(kept.size for run in self._runs for kept in run.values())
+            self.size = sum(kept.size for kept in self.kept())
 
     def _keep(self, key: Hashable, tensors: tuple[torch.Tensor, ...], step: Hashable) -> None:
         try:

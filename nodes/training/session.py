@@ -178,11 +178,11 @@ class Session:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.samples.batch_latents([0]).shape, generator=generator).to(self.device)
         sigma = self.sampling.sigmas[len(self.sampling.sigmas) // 2].to(self.device).expand(len(x))
-        self.control.images = self._images([0], generator)
-        alone = self._denoise_without_student(x, sigma, [0], [False])
+        self.control.images = self.control_images([0], generator)
+        alone = self.denoise_without_student(x, sigma, [0], [False])
         advice = "connect one that is made for the MODEL"
         try:
-            taught = self._denoise_without_student(x, sigma, [0], [False], self.teacher)
+            taught = self.denoise_without_student(x, sigma, [0], [False], self.teacher)
         except (comfy.model_management.OOM_EXCEPTION, comfy.model_management.InterruptProcessingException):
             raise
         except Exception as error:
@@ -195,9 +195,10 @@ class Session:
 
     def step(self) -> float:
         """One update; its loss. Interrupted, it leaves the training as it was before."""
-        return self.training.update(self._loss_of_batch)
+        return self.training.update(self.loss_of_batch)
 
-    def _loss_of_batch(self) -> torch.Tensor:
+    def loss_of_batch(self) -> torch.Tensor:
+        """The mean loss of the next batch that the training's generator draws, with gradients."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         generator = self.training.generator
         rows = draw_rows(self.buckets, self.batch_size, generator)
@@ -205,11 +206,11 @@ class Session:
         sigma = self._draw_sigmas(len(rows), generator).repeat_interleave(len(latents) // len(rows)).to(self.device)
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
         dropped = drop_captions(len(rows), self.caption_dropout, generator)
-        self.control.images = self._images(rows, generator)
+        self.control.images = self.control_images(rows, generator)
         x = self.sampling.noise_scaling(sigma, noise, latents)
         # the teacher first, while no graph of the student's takes memory
-        taught = self._denoise_without_student(x, sigma, rows, dropped, self.teacher) if self.teacher else None
-        denoised = self._denoise(x, sigma, rows, dropped)
+        taught = self.denoise_without_student(x, sigma, rows, dropped, self.teacher) if self.teacher else None
+        denoised = self.denoise(x, sigma, rows, dropped)
         loss = prediction_loss(denoised, latents, sigma, self.prediction, self.min_snr_gamma)
         if taught is not None:
             from_teacher = prediction_loss(denoised, taught, sigma, self.prediction, self.min_snr_gamma)
@@ -233,13 +234,13 @@ class Session:
         sigmas = comfy.samplers.calculate_sigmas(self.sampling, "simple", PREVIEW_STEPS).to(self.device)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(self.samples.batch_latents([0]).shape, generator=generator)
-        self.control.images = self._images([0], generator)
+        self.control.images = self.control_images([0], generator)
         x = self.sampling.noise_scaling(sigmas[0], noise.to(self.device), torch.zeros_like(noise).to(self.device), True)
-        x0 = comfy.k_diffusion.sampling.sample_euler(lambda x, sigma: self._denoise(x, sigma, [0], [False]), x, sigmas,
+        x0 = comfy.k_diffusion.sampling.sample_euler(lambda x, sigma: self.denoise(x, sigma, [0], [False]), x, sigmas,
                                                      disable=True)
         return self.previewer.decode_latent_to_preview_image("JPEG", x0)
 
-    def _images(self, rows: list[int], generator: torch.Generator) -> torch.Tensor:
+    def control_images(self, rows: list[int], generator: torch.Generator) -> torch.Tensor:
         """The control images of a batch, (B, 3, H, W), B its pictures or all frames of its videos."""
         images = self.samples.batch_images(rows)
         if not self.super_resolution:
@@ -249,16 +250,24 @@ class Session:
         small = [torch.from_numpy(degraded(picture, generator))[None].movedim(-1, 1) / 255 for picture in pixels]
         return torch.cat([comfy.utils.common_upscale(one, width, height, RESIZING, "disabled") for one in small])
 
-    def _denoise_without_student(self, *args) -> torch.Tensor:
+    def denoise_without_student(self, *args) -> torch.Tensor:
+        """``denoise`` without the control that is trained, and without gradients."""
         self.control.acting = False
         try:
             with torch.no_grad():
-                return self._denoise(*args)
+                return self.denoise(*args)
         finally:
             self.control.acting = True
 
-    def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, rows: list[int], dropped: list[bool],
-                 teacher: Teacher | None = None) -> torch.Tensor:
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, rows: list[int], dropped: list[bool],
+                teacher: Teacher | None = None) -> torch.Tensor:
+        """``x`` at the noise levels ``sigma`` (B,), denoised under the captions of these samples and the control.
+
+        Args:
+            x: of the shape of ``Samples.batch_latents``.
+            dropped: which rows take the empty caption.
+            teacher: adds its own control, too.
+        """
         conds, options = self.samples.batch_conds(self.base_model, rows, dropped, self.device), dict(self.options)
         control = teacher(self.control.images, x, sigma, conds, options) if teacher else None
         return self.base_model.apply_model(x, sigma, control=control, transformer_options=options, **conds)

@@ -140,7 +140,7 @@ def test_threads_get_their_own_results_within_the_bound(cache_of):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert cache.size == sum(kept.size for run in cache._runs for kept in run.values())
+    assert cache.size == sum(kept.size for kept in cache.kept())
 
 
 # In samplings
@@ -388,8 +388,7 @@ def test_a_training_under_control_can_go_back_through_kept_features(apply, unets
                                        torch.tensor([5.0, 0.0]), positive, positive, torch.zeros(1, 4, 8, 8),
                                        disable_pbar=True, seed=1)
     assert gradients[0] > 0
-    assert not any(tensor.requires_grad for run in loaded.features._runs for kept in run.values()
-                   for tensor in kept.at_home)
+    assert not any(tensor.requires_grad for kept in loaded.features.kept() for tensor in kept.at_home)
 
 
 def test_memory_does_not_grow_over_queued_runs(apply, unets, controlnexts):

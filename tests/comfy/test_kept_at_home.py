@@ -22,7 +22,7 @@ def ask(cache, step: int, computed: list) -> list[int]:
         first, second = cache.get((image, step), compute, step=step)
         assert first.tolist() == [10 * step + image] * SIZE
         assert second.tolist() == [-10 * step - image] * 2
-        near.append(sum(entry.near is not None for run in cache._runs for entry in run.values()))
+        near.append(sum(entry.near is not None for entry in cache.kept()))
     return near
 
 
@@ -31,12 +31,12 @@ def test_near_are_in_a_first_run_the_current_steps_in_a_second_also_the_next_one
     near = [ask(cache, step, computed) for step in range(STEPS)]
     assert near == [[1, 2]] * STEPS
     cache.end_run()
-    assert not any(entry.near for run in cache._runs for entry in run.values())
+    assert not any(entry.near for entry in cache.kept())
     assert len(computed) == STEPS * IMAGES
     near = [ask(cache, step, computed) for step in range(STEPS)]
     assert near == [[4, 4]] * (STEPS - 1) + [[2, 2]]
     cache.end_run()
-    assert not any(entry.near for run in cache._runs for entry in run.values())
+    assert not any(entry.near for entry in cache.kept())
     assert len(computed) == STEPS * IMAGES
 
 
@@ -65,7 +65,7 @@ def test_when_comfyui_wants_the_device_what_lies_at_home_stays(cache_of):
         for step in range(STEPS):
             ask(cache, step, computed)
         cache.free_device()
-        assert sum(len(run) for run in cache._runs) == kept
+        assert len(cache.kept()) == kept
         assert cache.size == kept * 8 * (SIZE + 2)
         for step in range(STEPS):
             ask(cache, step, computed)

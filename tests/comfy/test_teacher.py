@@ -181,14 +181,14 @@ def test_the_teacher_sees_each_row_s_own_image_and_nothing_of_the_student(pack, 
     with trainer.taught():
         def taught(at):
             control.images = samples.batch_images([rows[row] for row in at])
-            return trainer._denoise_without_student(x[at], sigma[at], [rows[row] for row in at], [False] * len(at),
+            return trainer.denoise_without_student(x[at], sigma[at], [rows[row] for row in at], [False] * len(at),
                                                     teacher)
         together, apart = taught([0, 1]), torch.cat([taught([0]), taught([1])])
         assert torch.allclose(together, apart, atol=1e-4 * apart.std())
-        student_s = trainer._denoise(x, sigma, rows, [False, False])
+        student_s = trainer.denoise(x, sigma, rows, [False, False])
         difference.data.zero_()
         assert torch.equal(taught([0, 1]), together)
-        assert not torch.allclose(trainer._denoise(x, sigma, rows, [False, False]), student_s, atol=1e-3)
+        assert not torch.allclose(trainer.denoise(x, sigma, rows, [False, False]), student_s, atol=1e-3)
 
 
 def test_a_union_controlnet_teaches_the_type_that_was_set(run, pack, train):

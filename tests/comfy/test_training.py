@@ -111,7 +111,7 @@ def test_what_is_trained_is_what_is_applied(pack, small, unet):
     clone = run.trainable_clone(unet, control, {}, torch.float32, True)
     comfy.model_management.load_models_gpu([clone])
     training = pack("controlnext_core.training").Training(control.module)
-    denoise = run.Session(clone, control, training, samples, 2, 0.0)._denoise
+    denoise = run.Session(clone, control, training, samples, 2, 0.0).denoise
     control.images = samples.batch_images([1, 0])
     x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([2.0, 2.0])
     ours = denoise(x, sigma, [1, 0], [False, False])

@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_loss(pack, base, model, frames, checkpointin
     """The loss changes along them as much as they say."""
     with running(pack, base, model, frames, checkpointing) as (run, state):
         drawn_before = state.generator.get_state()
-        run._loss_of_batch().backward()
+        run.loss_of_batch().backward()
         gradients = [parameter.grad.clone() for parameter in state.parameters()]
         norm = sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5
 
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_the_loss(pack, base, model, frames, checkpointin
             for parameter, gradient in zip(state.parameters(), gradients, strict=True):
                 parameter.data += distance / norm * gradient
             with torch.no_grad():
-                return float(run._loss_of_batch())
+                return float(run.loss_of_batch())
         step = 2e-3
         difference = loss_at(step) - loss_at(-2 * step)
     assert all(gradient.any() for gradient in gradients)
