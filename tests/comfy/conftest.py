@@ -91,6 +91,13 @@ def unets():
     return small_unets()
 
 
+@pytest.fixture(scope="module")
+def model(base):
+    """The small transformer of the module's ``base``."""
+    from models import small_transformer
+    return small_transformer(base)
+
+
 @pytest.fixture(scope="session")
 def controlnexts(run, goldens, models_folder):
     """{family: CONTROLNEXT}, loaded by name, as wide as the small UNets."""

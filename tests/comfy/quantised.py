@@ -4,10 +4,12 @@ import json
 
 import comfy.ops
 import comfy.sd
+import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 from safetensors.torch import save_file
 from sampling import TRAINING, cond, conds, latent, picture, sample
+from trainings import train_on
 
 CONTROL = 0.02  # of what control changes, L2
 LAYOUTS = {"float8_e4m3fn": "TensorCoreFP8E4M3Layout", "int8_tensorwise": "TensorWiseINT8Layout"}
@@ -126,8 +128,17 @@ def what_control_changes(model, base: str, controlnext, apply, hang) -> torch.Te
 def train(run, model, shape: tuple) -> tuple:
     """What Train ControlNeXt gives after two steps on a latent of this shape."""
     generator = torch.Generator().manual_seed(1)
-    settings = TRAINING | dict(steps=2, learning_rate=1e-3, unet_learning_rate=1e-3, filename_prefix="quantised")
-    return run("ControlNeXtTrain", model=[model], conditioning=[cond(model)],
-               latents=[{"samples": torch.randn(shape, generator=generator)}],
-               images=[torch.rand(1, 64, 64, 3, generator=generator)],
-               **{name: [value] for name, value in settings.items()})
+    data = {"conditioning": [cond(model)], "latents": [{"samples": torch.randn(shape, generator=generator)}],
+            "images": [torch.rand(1, 64, 64, 3, generator=generator)]}
+    return train_on(run, model, data, TRAINING | dict(steps=2, learning_rate=1e-3, unet_learning_rate=1e-3,
+                                                      filename_prefix="quantised"))
+
+
+def assert_learns_the_same(run, quantised: tuple, shape: tuple) -> None:
+    """A training on a quantised MODEL and one on the same weights in float32."""
+    (ours, losses, *_), (expected, expected_losses, *_) = (train(run, model, shape) for model in quantised)
+    assert losses["loss"] == pytest.approx(expected_losses["loss"], rel=1e-4)
+    assert ours.unet_differences.keys() == expected.unet_differences.keys()
+    for name, value in ours.unet_differences.items():
+        assert value.any()
+        assert apart(expected.unet_differences[name], value) <= CONTROL

@@ -6,7 +6,17 @@ import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 from models import known_unet
-from quantised import CONTROL, Ggml, Packed, apart, in_levels, load, train, what_control_changes
+from quantised import (
+    CONTROL,
+    Ggml,
+    Packed,
+    apart,
+    assert_learns_the_same,
+    in_levels,
+    load,
+    train,
+    what_control_changes,
+)
 from safetensors.torch import save_file
 from sampling import cond, conds, latent, picture, sample
 
@@ -149,13 +159,7 @@ def test_weights_in_gguf_are_read_by_the_packs_own_function(gguf, weights, pack)
 
 
 def test_training_learns_the_same_as_on_the_weights_dequantised(quantised, run):
-    (ours, losses, *_), (expected, expected_losses, *_) = (train(run, model, latent("sd15").shape)
-                                                           for model in quantised)
-    assert losses["loss"] == pytest.approx(expected_losses["loss"], rel=1e-4)
-    assert ours.unet_differences.keys() == expected.unet_differences.keys()
-    for name, value in ours.unet_differences.items():
-        assert value.any()
-        assert float((value - expected.unet_differences[name]).norm() / value.norm()) <= CONTROL
+    assert_learns_the_same(run, quantised, latent("sd15").shape)
 
 
 def test_training_unet_weights_on_gguf_is_refused_in_one_sentence(gguf, run):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 from models import small_transformer
-from quantised import CONTROL, apart, load, train, what_control_changes
+from quantised import CONTROL, apart, assert_learns_the_same, load, what_control_changes
 from sampling import latent
 from tokens import BASES, new_controlnext
 
@@ -55,10 +55,4 @@ def test_control_of_the_other_bases_is_as_on_weights_that_are_not_in_8_bits(base
 
 @pytest.mark.parametrize("form", ["fp8_e4m3fn", "scaled fp8"], indirect=True)
 def test_training_learns_the_same_as_on_the_weights_dequantised(base, quantised, run):
-    shape = latent(base)[:, :, :1].shape if base == "wan" else latent(base).shape
-    (ours, losses, *_), (expected, expected_losses, *_) = (train(run, model, shape) for model in quantised)
-    assert losses["loss"] == pytest.approx(expected_losses["loss"], rel=1e-4)
-    assert ours.unet_differences.keys() == expected.unet_differences.keys()
-    for name, value in ours.unet_differences.items():
-        assert value.any()
-        assert apart(expected.unet_differences[name], value) <= CONTROL
+    assert_learns_the_same(run, quantised, latent(base)[:, :, :1].shape if base == "wan" else latent(base).shape)

@@ -9,6 +9,7 @@ import torch
 from models import NARROW, SD35_MEDIUM, sd3_model, small_sd3
 from safetensors.torch import save_file
 from sampling import TRAINING, cond, conds, latent, picture, sample
+from trainings import train_on
 
 from controlnext_core.families import FAMILIES
 from controlnext_core.module import new_module
@@ -29,12 +30,10 @@ def train(run, pack):
     def run_training(model, **settings):
         module = new_module(FAMILIES["sd3"], out=192, **NARROW)
         controlnext = pack("nodes.runtime.loaded").trained_controlnext(module.state_dict(), "sd3", "small", {})
-        generator = torch.Generator().manual_seed(2)
+        latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(2))
+        data = {"latents": [{"samples": latent}], "conditioning": [cond(model)], "images": [picture(2)]}
         with torch.inference_mode(False):
-            return run("ControlNeXtTrain", model=[model],
-                       latents=[{"samples": torch.randn(1, 16, 8, 8, generator=generator)}],
-                       conditioning=[cond(model)], images=[picture(2)], controlnext=[controlnext],
-                       **{name: [value] for name, value in (SETTINGS | settings).items()})
+            return train_on(run, model, data, SETTINGS | {"controlnext": controlnext} | settings)
     return run_training
 
 

@@ -14,6 +14,7 @@ from comfy.taesd.taesd import TAESD
 from models import NARROW, small_sd3, small_unet, stock_controlnet
 from safetensors.torch import save_file
 from sampling import TRAINING, cond, one_forward, picture
+from trainings import train_on
 
 from controlnext_core.families import FAMILIES
 from controlnext_core.losses import draw_levels
@@ -98,10 +99,9 @@ def train(run, pack, vae):
     """train(model, base, teacher, **settings): the node's outputs; two pictures unless ``count`` is given."""
     def run_training(model, base, teacher, count=2, **settings):
         settings = {"controlnext": student(pack, base), "teacher": teacher, "teacher_vae": vae, **SETTINGS, **settings}
-        return run("ControlNeXtTrain", model=[model], latents=latents(model, count),
-                   conditioning=[cond(model, seed) for seed in range(count)],
-                   images=[picture(seed) for seed in range(count)],
-                   **{name: [value] for name, value in settings.items() if value is not None})
+        data = {"latents": latents(model, count), "conditioning": [cond(model, seed) for seed in range(count)],
+                "images": [picture(seed) for seed in range(count)]}
+        return train_on(run, model, data, settings)
     return run_training
 
 

@@ -15,6 +15,7 @@ from models import NARROW, small_unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sampling import TRAINING, cond, sample
+from trainings import train_on, weights
 
 from controlnext_core.families import FAMILIES
 from controlnext_core.module import new_module
@@ -59,15 +60,8 @@ def train(run, small):
         drawn = pictures([(8, 8)] * 4)
         inputs = {"latents": latents or drawn[0], "images": images or drawn[1],
                   "conditioning": conditioning or [cond(model, seed) for seed in range(4)]}
-        settings = {"controlnext": small(), **settings}
-        return run("ControlNeXtTrain", model=[model], **inputs,
-                   **{name: [value] for name, value in (SETTINGS | settings).items() if value is not None})
+        return train_on(run, model, inputs, {"controlnext": small(), **SETTINGS, **settings})
     return run_training
-
-
-def weights(controlnext) -> dict:
-    found = controlnext.loaded.checkpoint
-    return {**found.state_dict, **controlnext.unet_differences, "scale": torch.tensor(found.scale)}
 
 
 def assert_equal(ours: dict, expected: dict):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import NARROW, small_unet
 from sampling import FAMILIES, TRAINING, cond, one_forward, picture, sample
+from trainings import train_on, weights
 
 from controlnext_core.families import FAMILIES as TABLE
 from controlnext_core.module import new_module
@@ -62,15 +63,8 @@ def train(run, small, models):
         base = FAMILIES[family]
         inputs = {"conditioning": [prompt(models[base], base, seed) for seed in range(count)], **data(base, count)}
         inputs |= {name: settings.pop(name) for name in list(settings) if name in inputs}
-        settings = {"controlnext": small(family), **SETTINGS, **settings}
-        return run("ControlNeXtTrain", model=[models[base]], **inputs,
-                   **{name: [value] for name, value in settings.items() if value is not None})
+        return train_on(run, models[base], inputs, {"controlnext": small(family), **SETTINGS, **settings})
     return run_training
-
-
-def weights(controlnext) -> dict:
-    found = controlnext.loaded.checkpoint
-    return {**found.state_dict, **controlnext.unet_differences, "scale": torch.tensor(found.scale)}
 
 
 @pytest.mark.parametrize("family", ["svd", "svd_padded", "svd_mid", "sd15_mid"])

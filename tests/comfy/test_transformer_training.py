@@ -6,10 +6,10 @@ from statistics import mean
 import folder_paths
 import pytest
 import torch
-from models import TRANSFORMERS, small_transformer
+from models import TRANSFORMERS
 from sampling import TRAINING, conds, picture
 from tokens import drawn, new_controlnext
-from trainings import RATE, running, samples
+from trainings import RATE, running, samples, train_on
 
 from controlnext_core.bases import BASES
 from controlnext_core.training import select_weights
@@ -25,18 +25,12 @@ def base(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(base):
-    return small_transformer(base)
-
-
-@pytest.fixture(scope="module")
 def trained(run, pack, base, model):
     """(the node's outputs on one fixed picture, the MODEL's weights before it)."""
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
-    settings = SETTINGS | {"filename_prefix": base}
+    settings = SETTINGS | {"controlnext": new_controlnext(pack, base), "filename_prefix": base}
     with torch.inference_mode(False):
-        return run("ControlNeXtTrain", model=[model], **samples(base, model), controlnext=[new_controlnext(pack, base)],
-                   **{name: [value] for name, value in settings.items()}), before
+        return train_on(run, model, samples(base, model), settings), before
 
 
 def test_training_reaches_every_tensor_and_leaves_the_model_as_it_was(base, model, trained):

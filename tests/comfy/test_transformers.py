@@ -9,7 +9,6 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from models import small_transformer
 from sampling import cond, conds, one_call_each, picture, relative
 from tokens import BASES, BLOCK_BEHIND, by_hand, drawn, entering, new_controlnext, with_reference
 
@@ -19,11 +18,6 @@ REFERENCES = ("flux", "qwen_image", "flux2", "z_image")  # bases that take refer
 @pytest.fixture(scope="module", params=BASES)
 def base(request) -> str:
     return request.param
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    return small_transformer(base)
 
 
 @pytest.fixture(scope="module")

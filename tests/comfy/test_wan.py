@@ -11,7 +11,7 @@ import torch
 from models import small_transformer
 from sampling import LATENTS, TRAINING, cond, conds, latent, one_call_each, picture, relative, sample
 from tokens import BASES, by_hand, drawn, entering, new_controlnext, with_reference
-from trainings import RATE, running
+from trainings import RATE, running, train_on, weights
 
 OUTPUT = Path(folder_paths.get_output_directory())
 
@@ -115,14 +115,10 @@ def train(run, for_wan):
         settings = TRAINING | dict(controlnext=for_wan, steps=1, learning_rate=RATE, unet_learning_rate=RATE,
                                    filename_prefix="wan_video") | settings
         with torch.inference_mode(False):
-            return run("ControlNeXtTrain", model=[model], latents=[{"samples": one} for one in videos], images=images,
-                       conditioning=[conditioning or cond(model)],
-                       **{name: [value] for name, value in settings.items()})
+            data = {"latents": [{"samples": one} for one in videos], "images": images,
+                    "conditioning": [conditioning or cond(model)]}
+            return train_on(run, model, data, settings)
     return run_training
-
-
-def weights(controlnext) -> dict:
-    return {**controlnext.loaded.checkpoint.state_dict, **controlnext.unet_differences}
 
 
 def test_a_resumed_training_on_videos_equals_an_uninterrupted_one_and_a_batch_is_one_after_the_other(train, wan):

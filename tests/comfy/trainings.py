@@ -1,4 +1,4 @@
-"""Trainings of transformers as the node makes them, step by step."""
+"""Trainings as the node makes them, whole and, of transformers, step by step."""
 
 from contextlib import contextmanager
 
@@ -14,6 +14,18 @@ from controlnext_core.training import select_weights
 from controlnext_core.unet_keys import targets_of
 
 RATE = 3e-3  # of learning
+
+
+def train_on(run, model, data: dict[str, list], settings: dict) -> tuple:
+    """The outputs of Train ControlNeXt, which takes lists: those of the data, and one of each setting but of None."""
+    return run("ControlNeXtTrain", model=[model], **data,
+               **{name: [value] for name, value in settings.items() if value is not None})
+
+
+def weights(controlnext) -> dict[str, torch.Tensor]:
+    """All that a training changes."""
+    found = controlnext.loaded.checkpoint
+    return {**found.state_dict, **controlnext.unet_differences, "scale": torch.tensor(found.scale)}
 
 
 def samples(base: str, model, frames: int = 1) -> dict:
