@@ -67,6 +67,16 @@ BAD_FILES = {
 }
 
 
+def assert_refused(run, where: tuple[str, str], *words: str) -> None:
+    """``run()`` is refused in one sentence of a node about its input, ``where``, with these words in it."""
+    with pytest.raises(comfy_client.ComfyError) as refused:
+        run()
+    node, input_name, sentence = str(refused.value).split(": ", 2)
+    assert (node, input_name) == where
+    assert all(word in sentence for word in words), sentence
+    assert sentence.endswith(".")
+
+
 def load(url, name: str, variant: str = "auto") -> dict:
     """Load ControlNeXt Model and a node that shows what came out."""
     return comfy_client.run_graph(url, {
@@ -80,13 +90,7 @@ def test_a_bad_file_is_one_sentence_in_the_dialog_and_the_next_prompt_runs(url, 
     folder = base / "models" / "controlnext"
     make(folder / make.__name__, load_file(folder / stand_in.CONTROLNEXT))
     name = next(path.name for path in folder.iterdir() if path.stem == make.__name__)
-    with pytest.raises(comfy_client.ComfyError) as refused:
-        load(url, name)
-    node, input_name, sentence = str(refused.value).split(": ", 2)
-    assert (node, input_name) == ("ControlNeXtLoader", "controlnext_name")
-    assert name in sentence
-    assert words in sentence
-    assert sentence.endswith(".")
+    assert_refused(lambda: load(url, name), ("ControlNeXtLoader", "controlnext_name"), name, words)
     assert load(url, stand_in.CONTROLNEXT)["show"]
     assert "this must not run" not in (base / "server.log").read_text()
 
@@ -127,11 +131,5 @@ def test_bad_unet_weights_are_one_sentence_in_the_dialog_and_the_next_prompt_run
     make(folder / f"unet_{make.__name__}", load_file(folder / stand_in.CONTROLNEXT))
     save_file({"conv_in.bias": torch.zeros(320)}, folder / "unet_good.safetensors")
     name = next(path.name for path in folder.iterdir() if path.stem == f"unet_{make.__name__}")
-    with pytest.raises(comfy_client.ComfyError) as refused:
-        apply(name)
-    node, input_name, sentence = str(refused.value).split(": ", 2)
-    assert (node, input_name) == ("ControlNeXtUNetLoader", "unet_name")
-    assert name in sentence
-    assert words in sentence
-    assert sentence.endswith(".")
+    assert_refused(lambda: apply(name), ("ControlNeXtUNetLoader", "unet_name"), name, words)
     assert apply("unet_good.safetensors")["show"]
