@@ -6,18 +6,20 @@
 All train on the demonstration's base model, on its drawings, for as many steps: edges to drawing. On the way each draws
 the held-out drawings, and Canny edges of what it drew are compared with its control (demo_model/agreement.py).
 The paper (arXiv 2408.06070) claims that control appears sooner with cross normalization than with a zero convolution.
-What is taught learns what the base predicts under the ControlNet of its seed, which is trained first.
-It trains what is not trained to its end yet, from where it was stopped: KINDS of each seed and, of the first,
-VARIATIONS that explain them; or those named alone. Without names it writes results/convergence.json and .png.
-The second command trains the first seed's ControlNet alone and writes it as ComfyUI's loader takes it.
+A taught one learns what the base predicts under the ControlNet of its seed, which is trained first.
+It trains all that is not trained to its end yet, from where it was stopped: KINDS of each seed and, of the first,
+VARIATIONS that explain them; or only those named. Without names it writes results/convergence.json and .png.
+The second command trains only the first seed's ControlNet and writes it as ComfyUI's loader takes it.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import harness
@@ -25,30 +27,33 @@ import harness
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from comfy.cldm.cldm import ControlNet
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from torch import nn
 
     from demo_model.autoencoder import Autoencoder
     from demo_model.samples import Samples
 
 STEPS, EVERY = 600, 60
 LEARNING_RATE, UNET_LEARNING_RATE = 1e-3, 3e-4
-SNR_LIMIT, DROPPED_CAPTIONS, SWAPPED_CAPTIONS = 1.0, 0.3, 0.3  # of demo_model/denoiser.py's loss
+SNR_LIMIT, DROPPED_CAPTIONS, SWAPPED_CAPTIONS = 1.0, 0.3, 0.3  # settings of demo_model/denoiser.py's loss
 DRAWINGS, SAMPLING_STEPS, SEED = 32, 10, 1
-ROUNDS = 7  # of steps that are timed
+ROUNDS = 7  # in which each kind's step is timed
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is trained, and how.
+    """A kind of control, and its training.
 
     Attributes:
-        label: in the table and the picture.
+        label: its name in the table and the picture.
         net: cross or zero of ControlNeXt, or controlnet.
         rate, unet_rate: times the learning rates.
-        scale_rate: times the module's learning rate, of the scale that control is multiplied by; 0: it stays 1.
-        pattern: of the UNet weights that are trained along, diffusers' names; None for the demonstration's own.
+        scale_rate: times the module's learning rate, for the scale that control is multiplied by; 0: it stays 1.
+        pattern: in the names, diffusers', of the UNet weights that are trained along; None for the demonstration's own.
         taught: a ControlNet's predictions are to be met, not the noise.
-        matched: so are what the UNet's decoder gets, skip connections and all, which is where a ControlNet adds.
+        matched: so are the features that the UNet's decoder gets, skip connections and all, where a ControlNet adds.
     """
 
     label: str
@@ -79,7 +84,7 @@ KINDS = {
     "cross_unet": Kind("cross normalization, the whole UNet trained", "cross", pattern=""),
     "distilled_unet": Kind("taught, the whole UNet trained", "cross", taught=True, pattern=""),
 }
-# what explains where those end, on the first seed
+# kinds that explain where those end, on the first seed
 VARIATIONS = {
     "cross_scale_slow": Kind("cross normalization, scale learned at the module's rate", "cross", scale_rate=1),
     "cross_module_rate": Kind("cross normalization, module's rate x 3", "cross", rate=3),
@@ -90,7 +95,7 @@ VARIATIONS = {
 ALL = KINDS | VARIATIONS
 
 
-def new_controlnet(unet):
+def new_controlnet(unet: UNetModel) -> ControlNet:
     """ComfyUI's ControlNet with the encoder of `unet` copied; without a middle block, as this UNet has none."""
     import torch
     from comfy.cldm.cldm import ControlNet
@@ -108,9 +113,12 @@ def new_controlnet(unet):
     return net
 
 
-def controlled(kind: Kind, unet, seed: int):
+def controlled(kind: Kind, unet: UNetModel, seed: int) -> tuple[nn.Module, list[dict]]:
     """A model ``(x, timestep, caption, control image) -> noise`` and AdamW's parameter groups for it."""
-    import torch
+    return with_controlnet(unet, seed) if kind.net == "controlnet" else with_controlnext(kind, unet, seed)
+
+
+def with_controlnext(kind: Kind, unet: UNetModel, seed: int) -> tuple[nn.Module, list[dict]]:
     from torch import nn
 
     from controlnext_core.families import FAMILIES
@@ -126,6 +134,7 @@ def controlled(kind: Kind, unet, seed: int):
             self.unet, self.zero, self.family = unet.requires_grad_(False), zero, FAMILIES["sd15"]
             self.module = new_module(self.family, seed, zero, scale=1.0, **WIDTHS)
             self.module.scale.requires_grad_(kind.scale_rate > 0)
+
             names = diffusers_to_ldm(unet.state_dict())
             pattern = BASE_SETTINGS["sd15"]["unet_pattern"] if kind.pattern is None else kind.pattern
             trained = select_weights(names, pattern).values()
@@ -143,12 +152,16 @@ def controlled(kind: Kind, unet, seed: int):
             return self.unet(x, timesteps=timestep, context=caption,
                              transformer_options={"patches": {"input_block_patch_after_skip": [add]}})
 
-    if kind.net != "controlnet":
-        model = WithControlNeXt(kind.net == "zero")
-        layers = [value for name, value in model.module.named_parameters() if name != "scale"]
-        return model, [{"params": [model.module.scale], "lr": kind.scale_rate * LEARNING_RATE},
-                       {"params": layers, "lr": kind.rate * LEARNING_RATE},
-                       {"params": model.trained, "lr": kind.unet_rate * UNET_LEARNING_RATE}]
+    model = WithControlNeXt(kind.net == "zero")
+    layers = [value for name, value in model.module.named_parameters() if name != "scale"]
+    return model, [{"params": [model.module.scale], "lr": kind.scale_rate * LEARNING_RATE},
+                   {"params": layers, "lr": kind.rate * LEARNING_RATE},
+                   {"params": model.trained, "lr": kind.unet_rate * UNET_LEARNING_RATE}]
+
+
+def with_controlnet(unet: UNetModel, seed: int) -> tuple[nn.Module, list[dict]]:
+    import torch
+    from torch import nn
 
     class WithControlNet(nn.Module):
         def __init__(self):
@@ -162,18 +175,18 @@ def controlled(kind: Kind, unet, seed: int):
     torch.manual_seed(seed)
     model = WithControlNet()
     copied = {name for name, _ in unet.named_parameters()}
-    groups = [{"params": [value for name, value in model.net.named_parameters() if (name in copied) == copies],
-               "lr": UNET_LEARNING_RATE if copies else LEARNING_RATE} for copies in (False, True)]
-    return model, groups
+    new = [value for name, value in model.net.named_parameters() if name not in copied]
+    copies = [value for name, value in model.net.named_parameters() if name in copied]
+    return model, [{"params": new, "lr": LEARNING_RATE}, {"params": copies, "lr": UNET_LEARNING_RATE}]
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on, and what is drawn to see how far control has come.
+    """The samples to train on, and the held-out drawings whose controls show how far control has come.
 
     Attributes:
         controls: edges of the held-out drawings, (H, W) bool each; ``images`` and ``captions`` go with them.
-        autoencoder, deviation: of ``load_autoencoder``.
+        autoencoder, std: from ``load_autoencoder``.
     """
 
     samples: Samples
@@ -181,11 +194,11 @@ class Data:
     images: torch.Tensor
     captions: torch.Tensor
     autoencoder: Autoencoder
-    deviation: float
+    std: float
     device: torch.device
 
 
-def load_unet():
+def load_unet() -> UNetModel:
     """The base model's UNet from its file, each time anew."""
     from safetensors.torch import load_file
 
@@ -197,8 +210,8 @@ def load_unet():
     return unet
 
 
-def load_autoencoder():
-    """(the base model's autoencoder, the deviation of its latents) from its file."""
+def load_autoencoder() -> tuple[Autoencoder, float]:
+    """(the base model's autoencoder, the std of its latents) from its file."""
     from safetensors.torch import load_file
 
     from demo_model import provide
@@ -209,7 +222,7 @@ def load_autoencoder():
     return load_narrow(vae).eval().requires_grad_(False), vae["vae_scale"].item() / base.scale
 
 
-def draw(model, data: Data):
+def draw(model: nn.Module, data: Data) -> torch.Tensor:
     """Pictures (N, 3, H, W) in [0, 1] of a model that predicts noise: DPM-Solver++ in SAMPLING_STEPS, no guidance."""
     import torch
     from comfy.k_diffusion.sampling import get_sigmas_karras, sample_dpmpp_2m
@@ -219,7 +232,7 @@ def draw(model, data: Data):
     schedule = ModelSamplingDiscrete()
     sigmas = get_sigmas_karras(SAMPLING_STEPS, schedule.sigma_min.item(), schedule.sigma_max.item())
 
-    def denoise(x, sigma):
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         scaled = x / (sigma ** 2 + 1).sqrt().view(-1, 1, 1, 1)
         with mixed_precision(data.device):
             noise = model(scaled, schedule.timestep(sigma).float().to(data.device), data.captions, data.images)
@@ -229,11 +242,11 @@ def draw(model, data: Data):
     noise = torch.randn(count, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(SEED))
     with torch.no_grad():
         latents = sample_dpmpp_2m(denoise, noise.to(data.device) * sigmas[0], sigmas.to(data.device), disable=True)
-        return data.autoencoder.taesd_decoder(latents * data.deviation).clamp(0, 1)
+        return data.autoencoder.taesd_decoder(latents * data.std).clamp(0, 1)
 
 
 @cache
-def load_data(folder) -> Data:
+def load_data(folder: Path) -> Data:
     """Read and encode the drawings; the first call fetches them."""
     import torch
 
@@ -242,19 +255,21 @@ def load_data(folder) -> Data:
     from demo_model.drawings import load_drawings
     from demo_model.samples import Samples, as_image, control_maps, encode, load_texts, varied_drawings
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder, deviation = load_autoencoder()
+    autoencoder, std = load_autoencoder()
     drawn, autoencoder = load_drawings(folder), autoencoder.to(device)
     varied = varied_drawings(drawn)
     latents = encode(varied, autoencoder.taesd_encoder)
     captions, _ = load_texts(drawn, folder, BASES["sd15"])
+    samples = Samples(latents / latents.std(), captions, control_maps(varied, drawn_edges), drawn)
+
     held_out = drawn.held_out[:DRAWINGS]
     controls = [drawn_edges(drawing) for drawing in drawn.pictures[held_out]]
-    return Data(Samples(latents / latents.std(), captions, control_maps(varied, drawn_edges), drawn), controls,
-                as_image(torch.stack([torch.from_numpy(control) for control in controls])).to(device),
-                captions[held_out].float().to(device), autoencoder, deviation, device)
+    images = as_image(torch.stack([torch.from_numpy(control) for control in controls]))
+    return Data(samples=samples, controls=controls, images=images.to(device),
+                captions=captions[held_out].float().to(device), autoencoder=autoencoder, std=std, device=device)
 
 
-def agreement(model, data: Data) -> float:
+def agreement(model: nn.Module, data: Data) -> float:
     """F1 of the edges of what a model draws with the held-out drawings' own, the mean of all."""
     from statistics import fmean
 
@@ -265,18 +280,19 @@ def agreement(model, data: Data) -> float:
                  for picture, control in zip(pictures, data.controls, strict=True))
 
 
-def prepare(kind: Kind, seed: int, folder):
+def prepare(kind: Kind, seed: int, folder: Path) -> tuple[nn.Module, Callable, list[dict]]:
     """(model, loss of a batch, AdamW's parameter groups)."""
     from demo_model.denoiser import denoising_loss
     data = load_data(folder)
     model, rates = controlled(kind, load_unet(), seed)
     model.to(data.device)
     teacher = trained_controlnet(seed, folder).to(data.device) if kind.taught else None
-    loss = denoising_loss(model, data.samples, data.device, DROPPED_CAPTIONS, SNR_LIMIT, SWAPPED_CAPTIONS, teacher)
+    loss = denoising_loss(model, data.samples, data.device, dropped=DROPPED_CAPTIONS, snr_limit=SNR_LIMIT,
+                          swapped=SWAPPED_CAPTIONS, teacher=teacher)
     return model, with_features(loss, model.unet, teacher.unet) if kind.matched else loss, rates
 
 
-def learn(kind: str, seed: int, folder) -> dict:
+def learn(kind: str, seed: int, folder: Path) -> dict:
     """Train one kind, from where it was stopped; returns its curve of agreement and its parameters."""
     import json
 
@@ -288,7 +304,7 @@ def learn(kind: str, seed: int, folder) -> dict:
     model, loss, rates = prepare(ALL[kind], seed, folder)
     result["parameters"] = sum(value.numel() for group in rates for value in group["params"] if value.requires_grad)
 
-    def watch(step: int, averaged) -> None:
+    def watch(step: int, averaged: nn.Module) -> None:
         result["f1"][str(step)] = agreement(averaged, load_data(folder))
         print(f"{kind}, seed {seed}: step {step}, F1 {result['f1'][str(step)]:.3f}", flush=True)
         file.write_text(json.dumps(result), encoding="utf-8")
@@ -297,7 +313,7 @@ def learn(kind: str, seed: int, folder) -> dict:
     return result
 
 
-def seconds_a_step(kinds: list[str], folder) -> dict[str, float]:
+def seconds_a_step(kinds: list[str], folder: Path) -> dict[str, float]:
     """The median of ROUNDS steps of each kind, of all in turn, so that what else the machine does slows all alike."""
     from statistics import median
 
@@ -320,27 +336,30 @@ def seconds_a_step(kinds: list[str], folder) -> dict[str, float]:
             torch.cuda.synchronize()
         return time.monotonic() - start
 
-    steppers = {kind: stepper(kind) for kind in kinds}
-    rounds = [{kind: timed(step, number) for kind, step in steppers.items()} for number in range(ROUNDS + 1)]
-    return {kind: median(taken[kind] for taken in rounds[1:]) for kind in kinds}  # the first one warms up
+    steppers, taken = {kind: stepper(kind) for kind in kinds}, {kind: [] for kind in kinds}
+    for number in range(ROUNDS + 1):
+        for kind, step in steppers.items():
+            taken[kind].append(timed(step, number))
+    return {kind: median(seconds[1:]) for kind, seconds in taken.items()}  # the first one warms up
 
 
-def with_features(loss: Callable, unet, teacher) -> Callable:
-    """``loss`` and how far what each of the decoder's blocks gets is from the teacher's, of their variance."""
-    def watch(unet) -> list:
+def with_features(loss: Callable, unet: UNetModel, teacher: UNetModel) -> Callable:
+    """``loss``, and how far off the teacher's the features are that the decoder's blocks get, by their variance."""
+    def watch(unet: UNetModel) -> list:
         seen = [None] * len(unet.output_blocks)
         for i, block in enumerate(unet.output_blocks):
             block[0].register_forward_pre_hook(lambda _, given, i=i: seen.__setitem__(i, given[0].float()))
         return seen
+
     own, wanted = watch(unet), watch(teacher)
 
-    def loss_of_batch(generator):
+    def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
         value = loss(generator)
         return value + sum((a - b).square().mean() / b.var() for a, b in zip(own, wanted, strict=True)) / len(own)
     return loss_of_batch
 
 
-def trained_controlnet(seed: int, folder):
+def trained_controlnet(seed: int, folder: Path) -> nn.Module:
     """The ControlNet on its base, trained to the end."""
     import torch
     from torch.optim.swa_utils import AveragedModel
@@ -350,7 +369,7 @@ def trained_controlnet(seed: int, folder):
     return averaged.module.requires_grad_(False).eval()
 
 
-def write_teacher(seed: int, folder, file) -> None:
+def write_teacher(seed: int, folder: Path, file: str) -> None:
     """Write the trained ControlNet for ComfyUI's loader, which wants a middle block, too: zeros, which add nothing."""
     import torch
     from comfy.cldm.cldm import ControlNet
@@ -363,7 +382,7 @@ def write_teacher(seed: int, folder, file) -> None:
     save_file({name: value.half().contiguous() for name, value in tensors.items()}, file)
 
 
-def plot(curves: dict[str, dict[str, tuple[float, float]]], seeds: int, path) -> None:
+def plot(curves: dict[str, dict[str, tuple[float, float]]], seeds: int, path: Path) -> None:
     """Curves {step: (mean, spread)} of agreement as a picture."""
     import matplotlib
     matplotlib.use("Agg")
@@ -383,16 +402,18 @@ def plot(curves: dict[str, dict[str, tuple[float, float]]], seeds: int, path) ->
 def curve_of(results: list[dict]) -> dict[str, tuple[float, float]]:
     """{step: (mean, spread)} over the seeds."""
     from statistics import mean, pstdev
-    found = {step: [result["f1"][step] for result in results] for step in results[0]["f1"]}
-    return {step: (mean(values), pstdev(values)) for step, values in found.items()}
+    def found(step: str) -> list[float]:
+        return [result["f1"][step] for result in results]
+
+    return {step: (mean(found(step)), pstdev(found(step))) for step in results[0]["f1"]}
 
 
 def row(kind: Kind, results: list[dict], taken: float, seconds: float) -> list[str]:
-    """Of the table.
+    """A row of the table.
 
     Args:
         taken: seconds a step.
-        seconds: for which agreement is told, too, on a line between the steps' figures.
+        seconds: a time for which agreement is told, too, on a line between the steps' figures.
     """
     import numpy as np
     curve = curve_of(results)
@@ -401,32 +422,42 @@ def row(kind: Kind, results: list[dict], taken: float, seconds: float) -> list[s
             *(f"{middle:.3f}" + (f" ± {spread:.3f}" if len(results) > 1 else "") for middle, spread in curve.values())]
 
 
-def main() -> None:
-    import argparse
+def report(results: dict[str, list[dict]], taken: dict[str, float], seeds: int) -> None:
+    """Write the table and the picture of all curves."""
+    seconds = STEPS * taken["cross"]
+    header = ["", "trained parameters", "seconds a step", f"after {seconds:.0f} s", *results["cross"][0]["f1"]]
+    harness.report("convergence", f"F1 of edges of {DRAWINGS} held-out drawings over training steps, {seeds} seeds "
+                   "(one of kinds that explain)", header,
+                   [row(ALL[kind], found, taken[kind], seconds) for kind, found in results.items()],
+                   {"seconds_a_step": taken, "results": results})
+    plot({kind: curve_of(results[kind]) for kind in KINDS}, seeds, harness.FOLDER / "results" / "convergence.png")
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"train these alone, of {', '.join(ALL)}; no report")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the first alone for what explains")
+    parser.add_argument("kinds", nargs="*", metavar="KIND",
+                        help=f"train only these, some of {', '.join(ALL)}; no report")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="kinds that explain take only the first")
     parser.add_argument("--write-teacher", metavar="FILE", help="the first seed's ControlNet, as a file for ComfyUI")
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(ALL):
         parser.error(f"{min(unknown)} is none of {', '.join(ALL)}")
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
     harness.enter()
-    folder = harness.environment.cache_folder() / "demo_model"
+    folder, (first, *others) = harness.environment.cache_folder() / "demo_model", options.seeds
     if options.write_teacher:
-        return write_teacher(options.seeds[0], folder, options.write_teacher)
-    results = {kind: [learn(kind, seed, folder) for seed in (options.seeds if kind in KINDS else options.seeds[:1])]
-               for kind in options.kinds or ALL}
-    if options.kinds:
-        return
-    taken = seconds_a_step(list(ALL), folder)
-    seconds = STEPS * taken["cross"]
-    header = ["", "trained parameters", "seconds a step", f"after {seconds:.0f} s", *results["cross"][0]["f1"]]
-    harness.report("convergence", f"F1 of edges of {DRAWINGS} held-out drawings over training steps, "
-                   f"{len(options.seeds)} seeds (one of what explains)", header,
-                   [row(ALL[kind], found, taken[kind], seconds) for kind, found in results.items()],
-                   {"seconds_a_step": taken, "results": results})
-    plot({kind: curve_of(results[kind]) for kind in KINDS}, len(options.seeds),
-         harness.FOLDER / "results" / "convergence.png")
+        return write_teacher(first, folder, options.write_teacher)
+
+    results = {}
+    for kind in options.kinds or ALL:
+        seeds = [first, *others] if kind in KINDS else [first]
+        results[kind] = [learn(kind, seed, folder) for seed in seeds]
+    if not options.kinds:
+        report(results, seconds_a_step(list(ALL), folder), len(options.seeds))
 
 
 if __name__ == "__main__":

@@ -55,20 +55,23 @@ class Released:
 
 
 def _wan(name: str, blocks: int, width: int, feed_forward: int, vace_layers: int) -> Released:
-    return Released(name, "wan", 2, 512, dict(dim=width, num_heads=width // 128, num_layers=blocks, freq_dim=256,
-                                              ffn_dim=feed_forward, text_dim=4096),
-                    dict(vace_layers=vace_layers, vace_in_dim=96), 832, 480, 81)
+    return Released(name=name, base="wan", halves=2, text=512,
+                    changes=dict(dim=width, num_heads=width // 128, num_layers=blocks, freq_dim=256,
+                                 ffn_dim=feed_forward, text_dim=4096),
+                    net=dict(vace_layers=vace_layers, vace_in_dim=96), width=832, height=480, images=81)
 
 
 TRANSFORMERS = (
-    Released("Flux.1 dev", "flux", 1, 512, dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38,
-                                                mlp_ratio=4.0, vec_in_dim=768, context_in_dim=4096),
-             dict(depth=5, depth_single_blocks=10), inputs=dict(y=(768,), guidance=())),
-    Released("Qwen-Image", "qwen_image", 2, 256, dict(num_layers=60, num_attention_heads=24, joint_attention_dim=3584),
-             dict(num_layers=5)),
-    Released("Z-Image Turbo", "z_image", 1, 256, dict(dim=3840, n_heads=30, n_kv_heads=30, n_layers=30, multiple_of=256,
-                                                      ffn_dim_multiplier=8 / 3, cap_feat_dim=2560),
-             dict(n_control_layers=6), inputs=dict(num_tokens=256)),
+    Released(name="Flux.1 dev", base="flux", halves=1, text=512,
+             changes=dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38, mlp_ratio=4.0,
+                          vec_in_dim=768, context_in_dim=4096),
+             net=dict(depth=5, depth_single_blocks=10), inputs=dict(y=(768,), guidance=())),
+    Released(name="Qwen-Image", base="qwen_image", halves=2, text=256,
+             changes=dict(num_layers=60, num_attention_heads=24, joint_attention_dim=3584), net=dict(num_layers=5)),
+    Released(name="Z-Image Turbo", base="z_image", halves=1, text=256,
+             changes=dict(dim=3840, n_heads=30, n_kv_heads=30, n_layers=30, multiple_of=256, ffn_dim_multiplier=8 / 3,
+                          cap_feat_dim=2560),
+             net=dict(n_control_layers=6), inputs=dict(num_tokens=256)),
     _wan("Wan 2.1 1.3B", 30, 1536, 8960, 15),
     _wan("Wan 2.1 14B", 40, 5120, 13824, 8),
 )
@@ -79,7 +82,7 @@ class Step:
     """A step of a base, on tensors without data.
 
     Attributes:
-        family: of its control.
+        family: its control's.
         model: ComfyUI's model object.
         denoise: computes one guidance half.
         latent: (1 or frames, C, H, W), or (1, C, frames, H, W).
@@ -123,10 +126,12 @@ def unet_step(base: str) -> Step:
     inputs = {"timesteps": empty(frames), "context": empty(frames, 1 if video else 77, config["context_dim"])}
     if model.diffusion_model.num_classes is not None:
         inputs["y"] = empty(frames, config["adm_in_channels"])
+
     natives = {}
     if not video:  # ComfyUI has none for SVD
         net = ways.native_net(model, torch.float16, device="meta")
         natives[""] = lambda: net(latent, hint=image, **inputs)
+
     return Step(base, base, model, lambda: model.diffusion_model(latent, transformer_options={}, **inputs, **video),
                 latent=latent, image=image, natives=natives)
 
@@ -179,19 +184,19 @@ def transformer_step(one: Released) -> Step:
                 halves=one.halves, natives_denoise=one.base in NETS_THAT_DENOISE)
 
 
-def flux_net(config: dict, latent, context, inputs: dict) -> Callable:
+def flux_net(config: dict, latent: torch.Tensor, context: torch.Tensor, inputs: dict) -> Callable:
     from comfy.ldm.flux.controlnet import ControlNetFlux
     net = ControlNetFlux(latent_input=True, **layers(config))
     return lambda: net(latent, empty(1, dtype="bfloat16"), context, hint=latent, **inputs)
 
 
-def qwen_image_net(config: dict, latent, context, inputs: dict) -> Callable:
+def qwen_image_net(config: dict, latent: torch.Tensor, context: torch.Tensor, inputs: dict) -> Callable:
     from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
     net = QwenImageControlNetModel(**layers(config))
     return lambda: net(latent, empty(1, dtype="float32"), context, hint=latent, **inputs)
 
 
-def z_image_net(config: dict, latent, context, inputs: dict) -> Callable:
+def z_image_net(config: dict, latent: torch.Tensor, context: torch.Tensor, inputs: dict) -> Callable:
     from comfy.ldm.lumina.controlnet import ZImage_Control
     net = ZImage_Control(**layers({"n_control_layers": config["n_control_layers"]}))
     tokens = empty(1, latent.shape[-2] * latent.shape[-1] // 4, config["dim"], dtype="bfloat16")
@@ -204,7 +209,7 @@ def z_image_net(config: dict, latent, context, inputs: dict) -> Callable:
     return run
 
 
-def wan_net(config: dict, latent, context, inputs: dict) -> Callable:
+def wan_net(config: dict, latent: torch.Tensor, context: torch.Tensor, inputs: dict) -> Callable:
     from comfy.ldm.wan.model import VaceWanModel
     net = VaceWanModel(**layers(config))
     hint = empty(1, 1, config["vace_in_dim"], *latent.shape[2:], dtype="bfloat16")
@@ -238,7 +243,7 @@ def flops_of(step: Step, places_of: Callable, steps: int) -> dict:
 
     Args:
         places_of: the pack's.
-        steps: of the first run, over which its image part is spread. A video's image parts are not kept.
+        steps: number of the first run's steps, over which its image part is spread; a video's image parts are not kept.
     """
     import torch
 
@@ -306,7 +311,8 @@ def report_transformers(flops: dict[Step, dict], steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20, help="of the first run, over which its image part is spread")
+    parser.add_argument("--steps", type=int, default=20,
+                        help="steps of the first run, over which its image part is spread")
     steps = parser.parse_args().steps
     harness.enter()
     import comfy.model_management

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a real ComfyUI in this process with the pack in it, full-size UNets, and reports."""
+"""The benchmarks' harness: a real ComfyUI in this process with the pack in it, full-size UNets, and reports."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent
@@ -21,7 +26,7 @@ import in_process  # noqa: E402
 import stand_in  # noqa: E402
 from peak_memory import PeakMemory, give_back_memory, memory_status  # noqa: E402, F401
 
-DEPTHS = {  # transformer depths of the released UNet, where the tests' one is cut
+DEPTHS = {  # transformer depths of released UNets, where the tests' ones are cut
     "sdxl": {"transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0] * 3 + [2] * 3 + [10] * 3,
              "transformer_depth_middle": 10},
 }
@@ -31,7 +36,7 @@ def enter(*options: str) -> None:
     """Go on in the Python that runs ComfyUI (``environment.enter``); ComfyUI can be imported afterwards.
 
     Args:
-        options: of ComfyUI's command line.
+        options: more options of ComfyUI's command line.
     """
     comfyui, base = environment.enter(), Path(tempfile.mkdtemp(prefix="controlnext-benchmark-"))
     atexit.register(shutil.rmtree, base, ignore_errors=True)
@@ -49,7 +54,7 @@ class Pack(in_process.Pack):
         save_file(stand_in.random_weights(stand_in.controlnext_shapes(), seed=0), file)
         return self.run("ControlNeXtLoader", controlnext_name=file.name, variant=variant)
 
-    def demonstration(self, drawings, captions: list[str], cfg: float = 1.0, base: str = "sd15"):
+    def demonstration(self, drawings: np.ndarray, captions: list[str], cfg: float = 1.0, base: str = "sd15"):
         """The demonstration's trained model of a base, drawing for these captions (demo_model/measure.py)."""
         from demo_model import provide
         from demo_model.measure import Demonstration
@@ -57,7 +62,7 @@ class Pack(in_process.Pack):
         return Demonstration(self.run, drawings, captions, cfg, base)
 
 
-def unet(base: str, dtype, cut: bool):
+def unet(base: str, dtype: torch.dtype, cut: bool):
     """A MODEL of ComfyUI's class for ``base`` with seeded random weights and the released widths.
 
     ``cut`` leaves SDXL's transformers one block deep, as a small machine needs it; the others are never cut.
@@ -69,7 +74,7 @@ def unet(base: str, dtype, cut: bool):
     return model
 
 
-def fill(module, generator) -> None:
+def fill(module: torch.nn.Module, generator: torch.Generator) -> None:
     """Seeded random weights that keep the size of what goes through."""
     import torch
     for parameter in module.parameters():
@@ -81,7 +86,7 @@ def fill(module, generator) -> None:
 
 
 def machine() -> dict:
-    """What the figures were measured on."""
+    """The device, the system and the versions that the figures were measured with."""
     import comfyui_version
     import torch
     if torch.cuda.is_available():
@@ -101,7 +106,7 @@ def save_sheet(name: str, rows: list) -> None:
     """Write rows of pictures, each (N, H, W, 3) from 0 to 1, as results/NAME.jpg."""
     import cv2
     import numpy as np
-    sheet = np.concatenate([np.concatenate(list(row.float().numpy()), axis=1) for row in rows])
+    sheet = np.concatenate([np.concatenate([*row.float().numpy()], axis=1) for row in rows])
     sheet = (sheet * 255).round().astype(np.uint8)
     cv2.imwrite(str(FOLDER / "results" / f"{name}.jpg"), sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
 
@@ -117,9 +122,10 @@ def report(name: str, title: str, header: list[str], rows: list[list[str]], data
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """In Markdown."""
-    cells = [header, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join(f"| {line} |" for line in lines)
+    """The table in Markdown."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(row: list[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+
+    return "\n".join(map(line, [header, ["-" * width for width in widths], *rows]))

@@ -15,11 +15,13 @@ import harness
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="576x1024", metavar="WIDTHxHEIGHT", help="of the video (default: 576x1024)")
-    parser.add_argument("--frames", type=int, default=24, help="of the video (default: 24)")
+    parser.add_argument("--size", default="576x1024", metavar="WIDTHxHEIGHT",
+                        help="size of the video (default: 576x1024)")
+    parser.add_argument("--frames", type=int, default=24, help="frames of the video (default: 24)")
     arguments = parser.parse_args()
     width, height = (int(side) for side in arguments.size.split("x"))
     harness.enter()
+
     import torch
     import ways
     from comfy.patcher_extension import WrappersMP

@@ -23,6 +23,7 @@ COARSE = 24  # pixels a side at which pictures are compared
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     harness.enter()
+
     import numpy as np
     import torch
 
@@ -39,6 +40,7 @@ def main() -> None:
     varied = varied_drawings(drawn)
     known = torch.cat([coarse(varied[index][:UPRIGHT]) for index in drawn.training])
     pack, own = harness.Pack(), torch.from_numpy(np.searchsorted(drawn.training, prompts))[:, None]
+
     ranks, distances, rows = {}, {}, []
     for base in BASES:
         pictures = pack.demonstration(drawn.pictures[prompts], captions, CFG, base).draw(SEED)
@@ -48,6 +50,7 @@ def main() -> None:
         distances[base] = (apart.gather(1, own) / known.shape[1] ** 0.5).mean().item()
         rows.append([base, *(f"{np.mean(np.array(ranks[base]) < most):.0%}" for most in PLACES),
                      f"{distances[base]:.3f}"])
+
     title = f"Pictures of {PROMPTS} captions whose own drawing is the most alike of {len(drawn.training)}"
     header = ["base", *(f"among the {most} most alike" for most in PLACES), "distance"]
     harness.report("recognition", title, header, rows,

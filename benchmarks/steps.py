@@ -1,4 +1,4 @@
-"""What control costs in a sampling step: ours, the reference's way, and ComfyUI's own ControlNet, beside the bare UNet.
+"""The cost of control in a sampling step: ours, the reference's way, and ComfyUI's own ControlNet, on top of the UNet.
 
     python benchmarks/steps.py                              the standard cases of this machine, one after the other
     python benchmarks/steps.py --base sd15 --size 512       one case
@@ -34,7 +34,7 @@ ALONE, FIRST, SECOND, REFERENCE, NATIVE = ("UNet alone", "ControlNeXt, first run
                                            "reference's way", "native ControlNet")
 HEADER = ["way", "FLOPs/step", "over UNet", "median step", "over UNet, by pairs", "in CPU time", "control's own time",
           "of the reference's", "peak memory"]
-OF_THE_UNET = ("way", "FLOPs/step", "median step", "peak memory")  # what there is to say of the UNet alone
+OF_THE_UNET = ("way", "FLOPs/step", "median step", "peak memory")  # columns that the UNet alone has
 GPU_CASES = tuple(f"--base {base}{compiled}" for compiled in ("", " --compile") for base in ("sd15", "sdxl", "svd"))
 
 
@@ -42,14 +42,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", choices=SIZES, help="(default: the standard cases)")
     parser.add_argument("--size", default=None, metavar="WIDTHxHEIGHT",
-                        help="of the picture (default: 512 for sd15, 1024 for sdxl, 1024x576 for svd)")
-    parser.add_argument("--frames", type=int, default=25, help="of the video, for svd (default: 25)")
+                        help="size of the picture (default: 512 for sd15, 1024 for sdxl, 1024x576 for svd)")
+    parser.add_argument("--frames", type=int, default=25, help="frames of the video, for svd (default: 25)")
     parser.add_argument("--steps", type=int, default=20,
-                        help="of the sampling that the first run's image part is spread over (default: 20)")
+                        help="steps of the sampling that the first run's image part is spread over (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--steps-per-round", type=int, help="timed for each way, at least 2 (default: 2, on a GPU 10)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the UNet and the control")
-    parser.add_argument("--depth", choices=("full", "cut"), help="of SDXL's transformers")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the UNet and the control")
+    parser.add_argument("--depth", choices=("full", "cut"), help="depth of SDXL's transformers")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the UNet, as ComfyUI's TorchCompileModel node does")
     return parser.parse_args()
@@ -57,13 +57,13 @@ def parse_arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured, from the arguments and what suits this machine.
+    """One case to measure, from the arguments and the defaults that suit this machine.
 
     Attributes:
-        video: of ``frames`` frames; a picture is one.
+        frames: a video's, 1 for a picture.
         cut: SDXL's transformers are one block deep.
-        compiled: by torch.compile.
-        steps: of the sampling that the first run's image part is spread over.
+        compiled: torch.compile compiles the UNet.
+        steps: number of steps of the sampling that the first run's image part is spread over.
         count: steps that are run and timed: the first one, with the image part, and others.
     """
 
@@ -84,7 +84,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of the file of results."""
+        """The name of the file of results."""
         name = f"steps_{self.base}_{self.width}x{self.height}{f'x{self.frames}' if self.video else ''}"
         return name + ("_cuda" if self.cuda else "_cpu") + ("_compile" if self.compiled else "")
 
@@ -107,7 +107,7 @@ def case_of(arguments: argparse.Namespace) -> Case:
 
 
 class Watch:
-    """What a way of control adds to a sampling's steps, in seconds."""
+    """A watch for the seconds that a way of control adds to a sampling's steps."""
 
     def __init__(self):
         import torch
@@ -177,6 +177,7 @@ class Bench:
         image = torch.rand(case.frames, case.height, case.width, 3, generator=torch.Generator().manual_seed(2))
         extra = {"concat_latent_image": torch.randn(1, *self.latent.shape[1:])} if case.video else {}
         conds = cond(self.bare, 0, **extra), cond(self.bare, 1, **extra)
+
         controlled = self.pack.run("ControlNeXtApply", model=self.bare, controlnext=self.controlnext, image=image,
                                    strength=1.0, start_percent=0.0, end_percent=1.0)
         reference = ways.with_reference_control(self.bare, controlled)
@@ -216,8 +217,9 @@ class Bench:
                 results.append(self.step(lambda at=sigma: apply(x, at.expand(len(x)), **extra_args), flops))
             return x
         with torch.inference_mode():
-            comfy.sample.sample_custom(model, noise, 7.0, comfy.samplers.KSAMPLER(sampler), sigmas[:case.count + 1],
-                                       positive, negative, self.latent, disable_pbar=True, seed=1)
+            comfy.sample.sample_custom(model, noise, cfg=7.0, sampler=comfy.samplers.KSAMPLER(sampler),
+                                       sigmas=sigmas[:case.count + 1], positive=positive, negative=negative,
+                                       latent_image=self.latent, disable_pbar=True, seed=1)
         return results
 
     def step(self, apply: Callable[[], torch.Tensor], flops: bool) -> dict:
@@ -233,7 +235,7 @@ class Bench:
                 "flops": counter.get_total_flops() if flops else None}
 
     def per_step(self, results: list[dict], what: str) -> float:
-        """A step of a whole sampling: what its first step does more is spread over all."""
+        """One figure for a step of a whole sampling: the surplus of its first step is spread over all."""
         first, *later = [result[what] for result in results]
         return (first + (self.case.steps - 1) * statistics.median(later)) / self.case.steps
 
@@ -284,12 +286,12 @@ def measure(bench: Bench, figures: dict[str, dict], rounds: int) -> None:
 
 
 def overheads(row: dict, alone: dict, what: str) -> list[float]:
-    """What a way takes beside the UNet alone, as a share of that, round by round."""
+    """The surplus that a way takes over the UNet alone, as a share of that, round by round."""
     return [one / plain - 1 for one, plain in zip(row[what], alone[what], strict=True)]
 
 
 def compare(figures: dict[str, dict]) -> None:
-    """Add to the figures of each way what it takes beside the UNet alone and beside the reference's way."""
+    """Add to the figures of each way those beside the UNet alone and beside the reference's way."""
     alone, reference = figures[ALONE], statistics.median(figures[REFERENCE]["added"])
     for row in figures.values():
         row["overhead"] = statistics.median(overheads(row, alone, "seconds"))
@@ -302,6 +304,7 @@ def cells(way: str, row: dict, alone: dict) -> list[str]:
     """One row of the table, under HEADER."""
     flops = [f"{row['flops'] / 1e12:.3f} T", f"{row['flops'] / alone['flops'] - 1:+.2%}"] if row["flops"] else ["-", ""]
     pairs = overheads(row, alone, "seconds")
+
     shown = [
         way,
         *flops,
@@ -312,6 +315,7 @@ def cells(way: str, row: dict, alone: dict) -> list[str]:
         f"{row['added_of_reference']:.3f}",
         f"{statistics.median(row['peak_memory']) / 2 ** 20:.0f} MB",
     ]
+
     if way == ALONE:
         return [cell if name in OF_THE_UNET else "" for name, cell in zip(HEADER, shown, strict=True)]
     return shown

@@ -2,13 +2,15 @@
 
     python benchmarks/super_resolution.py
 
-The F1 of edges against the original's (found within one pixel) of the small picture enlarged by bicubic interpolation,
-of what is drawn under its control and its caption, from noise and from the enlarged picture under a little noise, as an
-upscaler does, and of what the VAE makes of the original. The share of the way goes from the first to the last. PSNR to
-the original, and, scaled down again, to the small picture.
+The F1 of edges against the original's (found within one pixel) for the small picture enlarged by bicubic interpolation,
+for pictures drawn under its control and its caption, from noise and from the enlarged picture under a little noise, as
+an upscaler does, and for the VAE's own picture of the original. The share of the way goes from the first to the last.
+PSNR is to the original, and, scaled down again, to the small picture.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import harness
 
@@ -19,11 +21,11 @@ KIND = "super_resolution"
 
 
 def main() -> None:
-    import argparse
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
     harness.enter()
+
     import numpy as np
 
     from demo_model import provide
@@ -35,18 +37,23 @@ def main() -> None:
     originals = demonstration.images
     small = demonstration.smaller(originals)
     bicubic = demonstration.larger(small)
+
     found = {"bicubic": [bicubic], "VAE": [demonstration.ceiling()]}
     for beginning, given in {"noise": {}, "enlargement": {"start": bicubic, "denoise": DENOISE}}.items():
         found[f"control, from {beginning}"] = [demonstration.draw(seed, KIND, small, **given) for seed in options.seeds]
         found[f"no control, from {beginning}"] = [demonstration.draw(seed, **given) for seed in options.seeds]
     edges = demonstration.edges(originals)
-    figures = {name: {
-        "F1": float(np.mean([agreements(demonstration.edges(one), edges, KIND) for one in pictures])),
-        "PSNR": float(np.mean([psnr(one, originals) for one in pictures])),
-        "PSNR, scaled down": float(np.mean([psnr(demonstration.smaller(one), small) for one in pictures])),
-    } for name, pictures in found.items()}
-    for name, one in figures.items():
-        one["share"] = share_of_the_way(*(figures[of]["F1"] for of in (name, "bicubic", "VAE")))
+
+    def measured(pictures: list) -> dict[str, float]:
+        return {"F1": float(np.mean([agreements(demonstration.edges(one), edges, KIND) for one in pictures])),
+                "PSNR": float(np.mean([psnr(one, originals) for one in pictures])),
+                "PSNR, scaled down": float(np.mean([psnr(demonstration.smaller(one), small) for one in pictures]))}
+
+    figures = {name: measured(pictures) for name, pictures in found.items()}
+    off, ceiling = figures["bicubic"]["F1"], figures["VAE"]["F1"]
+    for one in figures.values():
+        one["share"] = share_of_the_way(one["F1"], off, ceiling)
+
     table = [[name, f"{one['F1']:.3f}", f"{one['share']:.2f}", f"{one['PSNR']:.1f} dB",
               f"{one['PSNR, scaled down']:.1f} dB"]
              for name, one in figures.items()]

@@ -9,6 +9,8 @@ import comfy.ops
 import harness
 import torch
 import torch.nn.functional as F
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 
@@ -33,6 +35,7 @@ class ReferenceControl:
         images = self.images.repeat(len(x) // len(self.images), 1, 1, 1)
         timesteps = executor.class_obj.model_sampling.timestep(t).float()
         self.features = self.patcher.model(images, timesteps, self.family.stem_padding, self.family.stem_pool)
+
         gains = torch.tensor([self.gains[half] for half in halves], device=x.device, dtype=dtype)
         self.gain = gains.repeat_interleave(len(x) // len(halves))[:, None, None, None]
         return executor(x, t, *rest, **kwargs)
@@ -57,7 +60,7 @@ class ReferenceControl:
         return self
 
 
-def with_reference_control(model, controlled):
+def with_reference_control(model: ModelPatcher, controlled: ModelPatcher) -> ModelPatcher:
     """``model`` under the same control as ``controlled`` (of our Apply node), computed as the reference does."""
     injection = controlled.model_options["transformer_options"]["patches"]["input_block_patch_after_skip"][0]
     reference = ReferenceControl(injection.controls[0])
@@ -67,7 +70,7 @@ def with_reference_control(model, controlled):
     return model
 
 
-def native_net(base_model, dtype, device=None):
+def native_net(base_model: BaseModel, dtype: torch.dtype, device: str | None = None) -> comfy.cldm.cldm.ControlNet:
     """The network of ComfyUI's own ControlNet of the UNet's family and depth, its weights not filled."""
     config = dict(base_model.model_config.unet_config)
     for key in ("out_channels", "dtype", "transformer_depth_output"):
@@ -76,7 +79,7 @@ def native_net(base_model, dtype, device=None):
                                       **config)
 
 
-def native_controlnet(model, dtype):
+def native_controlnet(model: ModelPatcher, dtype: torch.dtype) -> comfy.controlnet.ControlNet:
     """ComfyUI's own ControlNet for ``model``, with seeded random weights."""
     net = native_net(model.model, dtype)
     harness.fill(net, torch.Generator().manual_seed(1))
@@ -84,8 +87,12 @@ def native_controlnet(model, dtype):
                                        manual_cast_dtype=dtype)
 
 
-def with_native_control(conditionings, controlnet, image):
+def with_native_control(conditionings: tuple, controlnet: comfy.controlnet.ControlNet, image: torch.Tensor) -> tuple:
     """The CONDITIONINGs with one ControlNet for all, as ControlNetApplyAdvanced attaches it."""
     hinted = controlnet.copy().set_cond_hint(image.movedim(-1, 1), 1.0, (0.0, 1.0))
-    return tuple([[context, {**extra, "control": hinted, "control_apply_to_uncond": False}]
-                  for context, extra in conditioning] for conditioning in conditionings)
+
+    def with_control(conditioning: list) -> list:
+        return [[context, {**extra, "control": hinted, "control_apply_to_uncond": False}]
+                for context, extra in conditioning]
+
+    return tuple(map(with_control, conditionings))

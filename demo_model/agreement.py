@@ -29,17 +29,18 @@ def iou(region: np.ndarray, control: np.ndarray) -> float:
 
 
 def drawn_edges(rgb: np.ndarray) -> np.ndarray:
-    """Where ControlNeXt Canny, its thresholds on auto, finds edges in a picture (H, W, 3) uint8: (H, W) bool."""
+    """The edges (H, W) bool that ControlNeXt Canny, its thresholds on auto, finds in a picture (H, W, 3) uint8."""
     return canny(rgb)[..., 0] > 0
 
 
 def drawn_region(rgb: np.ndarray) -> np.ndarray:
-    """Where a picture (H, W, 3) uint8 is not the paper around the drawing: (H, W) bool.
+    """The region (H, W) bool of a picture (H, W, 3) uint8 that is not the paper around the drawing.
 
     The paper has the border's median colour; parts of that colour inside a drawing belong to the drawing.
     """
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
     like_paper = np.abs(rgb - np.median(border, axis=0)).max(axis=2) <= PAPER
+
     paper = np.pad(like_paper.astype(np.uint8), 1, constant_values=1)
     cv2.floodFill(paper, None, (0, 0), 2)
     return paper[1:-1, 1:-1] != 2

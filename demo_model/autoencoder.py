@@ -23,7 +23,7 @@ class Autoencoder(nn.Module):
     """Pictures (N, 3, H, W) in [0, 1] to latents (N, C, H/8, W/8) and back; layers by TAESD's names, in its order.
 
     Args:
-        channels: C, of the latents.
+        channels: the latents' number of channels, C.
     """
 
     def __init__(self, channels: int = 4, width: int = WIDTH):
@@ -43,6 +43,7 @@ class Autoencoder(nn.Module):
                                            conv(width, channels))
         self.taesd_decoder = nn.Sequential(Clamp(), conv(channels, width), nn.ReLU(), *double(), *double(), *double(),
                                            *blocks(1), conv(width, 3))
+
         initialise(self)
         for layer in self.modules():
             if isinstance(layer, Block):  # which begins as no change, so that ten of them can be trained
@@ -66,9 +67,11 @@ def autoencoder_loss(model: Autoencoder, images: torch.Tensor) -> Callable[[torc
         varied = vary(images[rows], draw_variations(BATCH, generator).to(images.device))
         top, left = torch.randint(images.shape[-1] - CROP + 1, (2,), generator=generator).tolist()
         target = varied[:, :, top:top + CROP, left:left + CROP].contiguous(memory_format=torch.channels_last)
+
         noise = torch.randn(BATCH, model.channels, CROP // 8, CROP // 8, generator=generator).to(images.device)
         with mixed_precision(images.device):
             decoded, latents = model(target, noise)
+
         error = decoded.float() - target
         return (error.abs().mean() + 4 * error.square().mean() + 2 * F.avg_pool2d(error, 8).abs().mean()
                 + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -77,14 +80,14 @@ def autoencoder_loss(model: Autoencoder, images: torch.Tensor) -> Callable[[torc
     return loss_of_batch
 
 
-def narrow_vae(model: Autoencoder, mean: float, deviation: float, base: Base) -> dict[str, torch.Tensor]:
+def narrow_vae(model: Autoencoder, mean: float, std: float, base: Base) -> dict[str, torch.Tensor]:
     """The VAE's tensors for a file: `model` and what the denoiser's latents are to the encoder's.
 
     Args:
-        mean, deviation: of the encoder's latents; the denoiser gets them with mean 0 and deviation 1.
+        mean, std: those of the encoder's latents; the denoiser gets them with mean 0 and std 1.
     """
-    shift = base.shift - mean / (deviation * base.scale)
-    return model.state_dict() | {"vae_scale": torch.tensor(deviation * base.scale), "vae_shift": torch.tensor(shift)}
+    shift = base.shift - mean / (std * base.scale)
+    return model.state_dict() | {"vae_scale": torch.tensor(std * base.scale), "vae_shift": torch.tensor(shift)}
 
 
 def load_narrow(narrow: dict[str, torch.Tensor]) -> Autoencoder:

@@ -10,16 +10,17 @@ class Base:
     """A checkpoint of our own, and what ComfyUI takes it for.
 
     Attributes:
-        name: of the families' bases; its denoiser is the one of this name in make.py.
+        name: the base's among the families' bases; its denoiser is the one of this name in make.py.
         checkpoint: its file.
-        prefix: of its controls' files.
-        channels: of its latents.
-        width: of its denoiser, in channels.
+        prefix: the beginning of the names of its controls' files.
+        channels: number of its latents' channels.
+        width: its denoiser's, in channels.
         scale, shift: its denoiser gets (latents - shift) * scale, as ComfyUI's latent format of the base has it.
-        text, clip: where the text encoder's tensors stand in a checkpoint, and ComfyUI's type of it.
+        text: prefix of the text encoder's tensors in a checkpoint.
+        clip: ComfyUI's type of the text encoder.
         pooled_words: the text encoder's last layer puts the words into the pooled text, too.
-        full_widths: {tensor: columns that ComfyUI wants of it}; the file has those alone that ever meet a number.
-        start: the base whose VAE its own begins as.
+        full_widths: {tensor: columns that ComfyUI wants of it}; the file has only those that ever meet a number.
+        start: the base whose VAE its own begins as, "" for none.
         sampler: inputs of KSampler.
         steps: {stage: steps of its training}.
     """
@@ -43,12 +44,13 @@ class Base:
 BASES = {
     base.name: base
     for base in (
-        Base("sd15", "drawings.safetensors", "drawings_", 4, 320, 0.18215, 0.0,
-             "cond_stage_model.transformer.", "STABLE_DIFFUSION", pooled_words=False, full_widths={}, start="",
+        Base(name="sd15", checkpoint="drawings.safetensors", prefix="drawings_", channels=4, width=320, scale=0.18215,
+             shift=0.0, text="cond_stage_model.transformer.", clip="STABLE_DIFFUSION", pooled_words=False,
+             full_widths={}, start="",
              sampler={"steps": 12, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
              steps={"autoencoder": 4000, "decoder": 3000, "denoiser": 12000, "canny": 3500, "mask": 900}),
-        Base("sd3", "drawings_sd3.safetensors", "drawings_sd3_", 16, 256, 1.5305, 0.0609,
-             "text_encoders.clip_l.transformer.", "SD3", pooled_words=True,
+        Base(name="sd3", checkpoint="drawings_sd3.safetensors", prefix="drawings_sd3_", channels=16, width=256,
+             scale=1.5305, shift=0.0609, text="text_encoders.clip_l.transformer.", clip="SD3", pooled_words=True,
              full_widths={"context_embedder.weight": 4096, "y_embedder.mlp.0.weight": 2048}, start="sd15",
              sampler={"steps": 16, "sampler_name": "euler", "scheduler": "simple"},
              steps={"autoencoder": 300, "decoder": 1000, "denoiser": 5500, "canny": 2000, "super_resolution": 16000}),

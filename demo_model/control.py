@@ -22,7 +22,7 @@ from demo_model.samples import varied_drawings
 
 WIDTHS = {"stem_0": 32, "stem_1": 32, "width_0": 64, "width_1": 64, "width_2": 128}
 NARROW = "narrow.safetensors"
-# of edges, which tell more than a caption, the share that goes with another drawing's: they are to hold against it
+# share of the captions that are another drawing's: edges, which tell more than a caption, are to hold against it
 SWAPPED_CAPTIONS = {"canny": 0.3, "mask": 0.0, "super_resolution": 0.3}
 SETTINGS = {
     "batch_size": 8, "learning_rate": 1e-3, "unet_learning_rate": 3e-4, "trainable": "module and UNet weights",
@@ -36,10 +36,10 @@ BASE_SETTINGS = {
         # the reference's, and the convolution that meets the features, since so small a UNet has one chance
         "unet_pattern": r"to_out|down_blocks.*conv1",
         "inject_at": "conv_in",
-        "min_snr_gamma": 0.1,  # low, for control is about where things are, which is settled while noise prevails
+        "min_snr_gamma": 0.1,  # low, for control is about where things are, which is fixed while noise prevails
     },
     "sd3": {
-        # a token stands for 16 x 16 pixels, whose detail the feed-forward layers alone work out of what control brings
+        # a token stands for 16 x 16 pixels, whose detail only the feed-forward layers work out of what control brings
         "unet_pattern": r"to_out|\.ff\.",
         "inject_at": "tokens",
         "min_snr_gamma": 0.0,
@@ -68,11 +68,13 @@ def dataset(run: Callable, drawings: Drawings, base: Base, kind: str, file: Path
         torch.save(([run("VAEEncode", pixels=variations, vae=vae) for variations in pictures],
                     [run("CLIPTextEncode", clip=clip, text=text) for text in texts]), file)
     latents, (*captions, empty) = torch.load(file, weights_only=True)
+
     generator, conditioning = np.random.default_rng(0), []
     for own, variations in enumerate(pictures):
         swapped = generator.random(len(variations)) < SWAPPED_CAPTIONS[kind]
         others = generator.integers(len(captions), size=len(variations))
         conditioning += [captions[row] for row in np.where(swapped, others, own)]
+
     return {"model": [model], "latents": latents, "conditioning": conditioning, "empty_conditioning": [empty],
             "images": [control_images(run, variations, kind) for variations in pictures]}
 
@@ -99,11 +101,13 @@ def train(run: Callable, folder: Path, drawings: Drawings, base: Base, kind: str
     output, name = folder / "output", f"{base.name}_{kind}"
     narrow = new_module(FAMILIES[base.name], **WIDTHS, out=base.width).state_dict()
     save_file(narrow, folder / "models" / "controlnext" / NARROW)
+
     settings = SETTINGS | BASE_SETTINGS[base.name] | KIND_SETTINGS.get(kind, {}) | {
         "steps": steps, "filename_prefix": name, "super_resolution": kind == "super_resolution"} | changes
     kept = output.glob(f"controlnext_training/{name}_*.pt")
     if latest := max(kept, key=lambda file: file.stat().st_mtime, default=None):
         settings["resume_from"] = latest.name
+
     settings["controlnext"] = run("ControlNeXtLoader", controlnext_name=NARROW, variant=base.name)
     controlnext, *_ = run("ControlNeXtTrain", **dataset(run, drawings, base, kind, encoded),
                           **{name: [value] for name, value in settings.items()})

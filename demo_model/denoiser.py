@@ -1,4 +1,4 @@
-"""The UNet: of the SD1.5 family by its widths, one level of few blocks; and how it is trained, alone or controlled.
+"""The UNet: by its widths one of the SD1.5 family, with one level of few blocks; and its training, alone or controlled.
 
 ComfyUI tells SD1.5 by its 320 channels and the text's 768, whatever the number of blocks.
 """
@@ -21,8 +21,8 @@ UNET = {
 LEARNING_RATE = 8e-4
 DROPPED_CAPTIONS = 0.1
 SNR_LIMIT = 5.0  # min-SNR weighting (arXiv 2303.09556)
-SNR_OFFSET = 0.2  # without it the shape of the whole, which is settled in the most noise, is hardly learned
-# SD1.5's schedule: share of signal left at each of its timesteps
+SNR_OFFSET = 0.2  # without it the shape of the whole, which is fixed in the most noise, is hardly learned
+# share of signal left at each timestep of SD1.5's schedule
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, TIMESTEPS, dtype=torch.float64) ** 2, 0).float()
 
 
@@ -44,8 +44,8 @@ def denoising_loss(predict: Callable, samples: Samples, device: torch.device, dr
 
     Args:
         dropped, swapped: shares of the captions that are replaced by the empty one, and by another drawing's.
-        snr_limit: of the weight that a sample's error in x0 has, its signal-to-noise ratio + SNR_OFFSET; low for
-            coarse structure.
+        snr_limit: the most that a sample's error in x0 weighs, which is its signal-to-noise ratio + SNR_OFFSET; low
+            for coarse structure.
         teacher: like ``predict``; what it predicts is then to be met, not the noise itself.
     """
     def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
@@ -54,11 +54,13 @@ def denoising_loss(predict: Callable, samples: Samples, device: torch.device, dr
         timestep = (level * TIMESTEPS).long().clamp(max=TIMESTEPS - 1)
         alpha = ALPHAS.to(device)[timestep]
         x = alpha.sqrt()[:, None, None, None] * x0 + (1 - alpha).sqrt()[:, None, None, None] * noise
+
         with mixed_precision(device):
             predicted = predict(x, timestep.float(), caption.float(), image)
             if teacher is not None:
                 with torch.no_grad():
                     noise = teacher(x, timestep.float(), caption.float(), image).float()
+
         snr = alpha / (1 - alpha)
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         return (error * (snr + SNR_OFFSET).clamp(max=snr_limit) / snr).mean()

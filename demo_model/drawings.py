@@ -1,4 +1,4 @@
-"""What the demonstration draws: animals, food, things and activities (Noto emoji) on white paper, with their names.
+"""The drawings to learn: animals, food, things and activities (Noto emoji) on white paper, with their names.
 
 Faces are left out: nearly all of them are the same circle, so a picture without control would agree with them as well.
 """
@@ -44,9 +44,11 @@ def load_drawings(folder: Path) -> Drawings:
         packed = subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, stdout=subprocess.PIPE)
         with tarfile.open(folder / packed.stdout.decode().split()[-1]) as archive:
             archive.extractall(folder, filter="data")
+
     entries = json.loads((package / "emoji.json").read_text(encoding="utf-8"))
     entries = sorted((entry for entry in entries if entry["category"] in CATEGORIES and entry["has_img_google"]),
                      key=lambda entry: entry["sort_order"])
+
     files = [package / "img/google/64" / entry["image"] for entry in entries]
     pictures = [on_white(cv2.imread(str(file), cv2.IMREAD_UNCHANGED)) for file in files]
     captions = [entry["name"].lower() for entry in entries]

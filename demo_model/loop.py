@@ -50,6 +50,7 @@ def train(model: nn.Module, loss_of_batch: Callable[[torch.Generator], torch.Ten
     peaks = [group["lr"] for group in optimizer.param_groups]
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
     first = 0
     if file.exists():
         state = torch.load(file, map_location=parameters[0].device, weights_only=True)
@@ -59,11 +60,13 @@ def train(model: nn.Module, loss_of_batch: Callable[[torch.Generator], torch.Ten
         first = state["step"]
     if watch and not first:
         watch(0, averaged.module)
+
     start, losses = time.monotonic(), []
     for step in range(first, steps):
         share = min(1.0, (step + 1) / (WARM_UP * steps), (steps - step) / (DECAY * steps))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
+
         loss = loss_of_batch(torch.Generator().manual_seed(seed * steps + step))
         optimizer.zero_grad()
         loss.backward()
@@ -71,6 +74,7 @@ def train(model: nn.Module, loss_of_batch: Callable[[torch.Generator], torch.Ten
         optimizer.step()
         averaged.update_parameters(model)
         losses.append(loss.detach())
+
         if (step + 1) % save_every == 0 or step + 1 == steps:
             print(f"{file.stem}: step {step + 1} of {steps}, {time.monotonic() - start:.0f} s, loss "
                   f"{torch.stack(losses).mean().item():.4f}", flush=True)
@@ -80,4 +84,5 @@ def train(model: nn.Module, loss_of_batch: Callable[[torch.Generator], torch.Ten
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "averaged": averaged.state_dict(), "step": step + 1}, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
+
     return averaged.module.requires_grad_(False).eval()

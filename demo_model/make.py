@@ -12,8 +12,14 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY)]  # last, since ComfyUI has a module `nodes` of its own
@@ -30,13 +36,14 @@ STAGES = ("autoencoder", "decoder", "denoiser", "checkpoint", *CONTROLS)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE",
-                        help=f"what to make, of {', '.join(STAGES)} (default: all in turn); those before it are made, "
+                        help=f"one or more of {', '.join(STAGES)} (default: all in turn); those before it are made, "
                              f"too, but {', '.join(CONTROLS)} need nothing more than the checkpoint in --weights")
     parser.add_argument("--base", choices=BASES, default="sd15", help="(default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="for its state (default: demo_model in the cache folder)")
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights",
                         help="folder for what is made (default: %(default)s)")
-    parser.add_argument("--share", type=float, default=1.0, help="of the steps, for a trial (default: 1)")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the steps, for a trial (default: 1)")
+
     options = parser.parse_args()
     options.base = BASES[options.base]
     if unknown := set(options.stages) - set(stages_of(options.base)):
@@ -45,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def stages_of(base: Base) -> list[str]:
-    """What there is to make of a base, in turn."""
+    """The stages of a base, in turn."""
     return [stage for stage in STAGES if stage == "checkpoint" or stage in base.steps]
 
 
@@ -61,7 +68,7 @@ class Making:
         self.steps = {stage: max(1, round(count * share)) for stage, count in base.steps.items()}
         self.drawings = load_drawings(folder)
 
-    def train(self, stage: str, model, loss_of_batch, rates: list[dict], **options):
+    def train(self, stage: str, model: nn.Module, loss_of_batch: Callable, rates: list[dict], **options):
         from demo_model.loop import train
         return train(model, loss_of_batch, rates, self.steps[stage],
                      self.folder / f"{self.base.name}_{stage}.pt", **options)
@@ -72,7 +79,7 @@ class Making:
         return to_images(self.drawings.pictures[self.drawings.training]).to(self.device)
 
     def autoencoder(self):
-        """Encoder and decoder together; with the encoder the latents are settled."""
+        """Encoder and decoder together; with the encoder the latents are fixed."""
         import torch
 
         from demo_model.autoencoder import LEARNING_RATE, Autoencoder, autoencoder_loss
@@ -93,7 +100,7 @@ class Making:
         return load_narrow(provide.part(load_file(provide.source(base.checkpoint)), provide.VAE))
 
     def decoder(self):
-        """The decoder alone, further."""
+        """Only the decoder, further."""
         from demo_model.autoencoder import LEARNING_RATE, autoencoder_loss
         model = self.autoencoder()
         model.taesd_decoder.requires_grad_(True)
@@ -107,20 +114,20 @@ class Making:
 
     @cached_property
     def latents(self):
-        """(latents of the varied drawings with mean 0 and deviation 1, the encoder's mean, its deviation)."""
+        """(latents of the varied drawings with mean 0 and std 1, the mean and the std of the encoder's)."""
         from demo_model.samples import encode
         latents = encode(self.varied, self.autoencoder().taesd_encoder)
-        mean, deviation = latents.mean().item(), latents.std().item()
-        return (latents - mean) / deviation, mean, deviation
+        mean, std = latents.mean().item(), latents.std().item()
+        return (latents - mean) / std, mean, std
 
     def denoiser(self):
-        """UNet or transformer, of upright drawings; a control meets mirrored ones as well."""
+        """UNet or transformer, trained on upright drawings; a control meets mirrored ones as well."""
         from demo_model.samples import UPRIGHT, load_texts
         texts = load_texts(self.drawings, self.folder, self.base)
         model, loss, rate = getattr(self, self.base.name)(self.latents[0][:, :UPRIGHT], texts)
         return self.train("denoiser", model, loss, [{"params": list(model.parameters()), "lr": rate}])
 
-    def sd15(self, latents, texts):
+    def sd15(self, latents: torch.Tensor, texts: tuple[torch.Tensor, torch.Tensor]):
         """The UNet, the loss of a batch, the learning rate."""
         from demo_model.denoiser import LEARNING_RATE, denoising_loss, new_unet
         from demo_model.samples import Samples
@@ -129,7 +136,7 @@ class Making:
                               Samples(latents, texts[0], None, self.drawings), self.device)
         return unet, loss, LEARNING_RATE
 
-    def sd3(self, latents, texts):
+    def sd3(self, latents: torch.Tensor, texts: tuple[torch.Tensor, torch.Tensor]):
         """The transformer, the loss of a batch, the learning rate."""
         from demo_model.samples import Samples
         from demo_model.text import Texts
@@ -155,8 +162,8 @@ class Making:
         from safetensors.torch import load_file
 
         from demo_model.control import train
-        folder = train(self.pack.run, self.pack.models.parent, self.drawings, self.base, kind, self.steps[kind],
-                       self.folder / f"{self.base.name}_encoded.pt")
+        folder = train(self.pack.run, self.pack.models.parent, drawings=self.drawings, base=self.base, kind=kind,
+                       steps=self.steps[kind], encoded=self.folder / f"{self.base.name}_encoded.pt")
         for file in folder.iterdir():
             with safe_open(file, "pt") as opened:
                 self.save(load_file(file), f"{self.base.prefix}{kind}_{file.name}", opened.metadata())
@@ -185,6 +192,7 @@ def main() -> None:
     options = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Train ControlNeXt keeps what it trained then, too
     folder = options.folder or environment.cache_folder() / "demo_model"
+
     in_process.start_comfyui(environment.enter(), folder / "comfyui")
     making = Making(options.base, folder, options.weights, options.share)
     for stage in options.stages or stages_of(options.base):

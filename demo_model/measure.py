@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from demo_model.agreement import drawn_region, edge_f1, iou
 from demo_model.bases import BASES
 from demo_model.drawings import SIZE
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
 BATCH = 16
 
 
@@ -22,11 +26,11 @@ class Demonstration:
     """The trained model in ComfyUI, drawing for the given captions.
 
     Args:
-        drawings: (N, SIZE, SIZE, 3) uint8 RGB, what the control images are made of.
+        drawings: (N, SIZE, SIZE, 3) uint8 RGB, which the control images are made of.
         captions: N prompts.
         cfg: scale of guidance, 1 for none.
         base: a key of ``BASES``.
-        steps: of the sampler, None for the base's own.
+        steps: the sampler's, None for the base's own.
     """
 
     def __init__(self, run: Callable, drawings: np.ndarray, captions: list[str], cfg: float = 1.0,
@@ -38,12 +42,12 @@ class Demonstration:
         self.images = torch.from_numpy(drawings).float() / 255
 
     def edges(self, pictures: torch.Tensor) -> np.ndarray:
-        """Where ControlNeXt Canny finds edges in an IMAGE: (N, H, W) bool."""
+        """The edges (N, H, W) bool that ControlNeXt Canny finds in an IMAGE."""
         found = self.run("ControlNeXtCanny", image=pictures, threshold="auto", low_threshold=100, high_threshold=200)
         return found[..., 0].numpy() > 0.5
 
     def regions(self, pictures: torch.Tensor) -> np.ndarray:
-        """Where an IMAGE is drawn on: (N, H, W) bool."""
+        """The regions (N, H, W) bool in which an IMAGE is drawn on."""
         return np.stack([drawn_region(picture) for picture in (pictures * 255).round().byte().numpy()])
 
     def smaller(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -54,7 +58,8 @@ class Demonstration:
         """An IMAGE at four times its size, by bicubic interpolation."""
         return self.run("ImageScaleBy", image=pictures, upscale_method="bicubic", scale_by=4.0).clamp(0, 1)
 
-    def controlled(self, kind: str, controls: np.ndarray | torch.Tensor, strength: float, model=None):
+    def controlled(self, kind: str, controls: np.ndarray | torch.Tensor, strength: float,
+                   model: ModelPatcher | None = None) -> ModelPatcher:
         """A MODEL under control, a picture of the batch for each of (N, H, W) bool or of an IMAGE."""
         file, unet_file = (f"{self.base.prefix}{kind}_{part}.safetensors" for part in ("controlnet", "unet"))
         model = self.run("ControlNeXtUNetLoader", model=model or self.model, mode="auto", strength=1.0,
@@ -72,12 +77,12 @@ class Demonstration:
                         strength_clip=0.0)[0]
 
     def draw(self, seed: int, kind: str = "", controls: np.ndarray | torch.Tensor | None = None,
-             strength: float = 1.0, model=None, start: torch.Tensor | None = None,
+             strength: float = 1.0, model: ModelPatcher | None = None, start: torch.Tensor | None = None,
              denoise: float = 1.0) -> torch.Tensor:
         """An IMAGE of N pictures by the captions, without control where there are no `controls`.
 
         Args:
-            start: an IMAGE of N pictures to begin at, under as much noise as `denoise` says; without it, noise alone.
+            start: an IMAGE of N pictures to begin at, under as much noise as `denoise` says; without it, only noise.
         """
         pictures = []
         for first in range(0, len(self.images), BATCH):
@@ -85,8 +90,10 @@ class Demonstration:
             controlled = model or self.model
             if controls is not None:
                 controlled = self.controlled(kind, controls[rows], strength, model)
+
             contexts, extras = zip(*(prompt[0] for prompt in self.prompts[1:][rows]), strict=True)
             positive = [torch.cat(contexts), {"pooled_output": torch.cat([e["pooled_output"] for e in extras])}]
+
             latent = (self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(contexts))
                       if start is None else self.run("VAEEncode", pixels=start[rows], vae=self.vae))
             latent = self.run("KSampler", model=controlled, positive=[positive], negative=self.prompts[0],
@@ -96,7 +103,7 @@ class Demonstration:
         return torch.cat(pictures)
 
     def ceiling(self) -> torch.Tensor:
-        """What the VAE makes of the drawings themselves."""
+        """The VAE's own IMAGE of the drawings, encoded and decoded."""
         latent = self.run("VAEEncode", pixels=self.images, vae=self.vae)
         return self.run("VAEDecode", samples=latent, vae=self.vae)
 

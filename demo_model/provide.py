@@ -32,7 +32,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 
 def source(name: str) -> Path:
-    """What one of FILES is made from."""
+    """The file that one of FILES is made from."""
     return WEIGHTS / name.removeprefix("drawings_")
 
 

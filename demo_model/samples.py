@@ -1,4 +1,4 @@
-"""What the denoiser is trained on: latents of varied drawings, with their captions and control images."""
+"""The samples that the denoiser is trained on: latents of varied drawings, their captions and control images."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Samples:
     """Batches of what training may see.
 
     Args:
-        latents: (N, K, C, h, w) of K variations of each drawing, with mean 0 and deviation 1.
-        captions: N + 1 that a tensor of rows takes out, the last of an empty text.
+        latents: (N, K, C, h, w), those of K variations of each drawing, with mean 0 and std 1.
+        captions: N + 1 encoded texts, which a tensor of rows takes out; the last one is empty.
         controls: (N, K, H, W) bool, or None without control.
         drawings: tell which of them training may see.
     """
@@ -43,8 +43,10 @@ class Samples:
         columns = torch.randint(self.latents.shape[1], (size,), generator=generator)
         others = self.training[torch.randint(len(self.training), (size,), generator=generator)]
         chance = torch.rand(size, generator=generator)
+
         captioned = torch.where(chance < swapped, others, rows)
         captioned = torch.where(chance >= 1 - dropped, len(self.captions) - 1, captioned)
+
         noise = torch.randn(size, *self.latents.shape[2:], generator=generator)
         spread = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
         images = None
@@ -75,9 +77,11 @@ def encode(varied: list[torch.Tensor], encoder: nn.Module) -> torch.Tensor:
 
 
 def control_maps(varied: list[torch.Tensor], control: Callable[[np.ndarray], np.ndarray]) -> torch.Tensor:
-    """What `control` makes of varied drawings (H, W, 3) uint8: (N, K, H, W) bool."""
-    return torch.stack([torch.from_numpy(np.stack([control(drawing) for drawing in to_drawings(batch)]))
-                        for batch in varied])
+    """The maps (N, K, H, W) bool that `control` makes of varied drawings, each (H, W, 3) uint8."""
+    def maps_of(batch: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.stack([control(drawing) for drawing in to_drawings(batch)]))
+
+    return torch.stack([maps_of(batch) for batch in varied])
 
 
 def load_texts(drawings: Drawings, folder: Path, base: Base) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ Sets up ComfyUI as the demo does, prints some of the training drawings in one in
 and writes weights/style_lora.safetensors; it needs weights/drawings.safetensors, and npm for the drawings.
 
 Why this style: it is seen at a glance, every line stays where it was, and it needs no colours but those that the VAE,
-which knows emoji on white paper alone, can show; of a purer blue it makes green, of coloured paper spots.
+which knows only emoji on white paper, can show; a purer blue becomes green, and coloured paper gets spots.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 import demo  # noqa: E402
@@ -41,11 +45,11 @@ SETTINGS = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="number of training steps (default: %(default)s)")
     return parser.parse_args()
 
 
-def printed(drawings):
+def printed(drawings: np.ndarray) -> np.ndarray:
     """Drawings (N, H, W, 3), uint8 RGB, in INK on PAPER: the darker a pixel was, the more ink."""
     import numpy as np
     brightness = (drawings / 255 @ np.array([0.299, 0.587, 0.114])) ** CONTRAST
@@ -62,6 +66,7 @@ def put_dataset(folder: Path) -> None:
     chosen = drawings.training[::len(drawings.training) // DRAWINGS][:DRAWINGS]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
     for number, (index, drawing) in enumerate(zip(chosen, printed(drawings.pictures[chosen]), strict=True)):
         Image.fromarray(drawing).save(folder / f"{number:02}.png")
         if number % NAMELESS:
@@ -113,6 +118,7 @@ def run(options: argparse.Namespace, comfyui: Path) -> None:
 
     with comfy_client.running_server(comfyui, base, options=device) as url:
         comfy_client.run_graph(url, training(sd15.checkpoint, "style", options.steps, "style"), on_event)
+
     (saved,) = (base / "output").glob("style_*.safetensors")
     target = provide.source(provide.LORA)
     save_file({name: tensor.half() for name, tensor in load_file(saved).items()}, target)  # ComfyUI writes float32

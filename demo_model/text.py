@@ -16,7 +16,7 @@ from demo_model.bases import Base
 WIDTH = 768
 SHAPE = {"num_hidden_layers": 12, "hidden_size": WIDTH, "num_attention_heads": 12, "intermediate_size": 3072,
          "hidden_act": "quick_gelu", "vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
-POOLED_SHARE = 16.0  # of the words' mean in the pooled text, beside the end token, which is always the same
+POOLED_SHARE = 16.0  # weight of the words' mean in the pooled text, beside the end token, which is always the same
 
 
 def text_encoder_weights(base: Base) -> dict[str, torch.Tensor]:
@@ -32,6 +32,7 @@ def text_encoder_weights(base: Base) -> dict[str, torch.Tensor]:
             # RandomState's numbers are promised never to change
             numbers = np.random.RandomState(0).standard_normal(tuple(tensor.shape))
             tensor.copy_(torch.from_numpy(numbers))
+
     if base.pooled_words:  # all tokens get the same attention, and the end token sees those before it
         last = "text_model.encoder.layers.11.self_attn."
         weights[last + "v_proj.weight"].fill_diagonal_(1)
@@ -42,7 +43,7 @@ def text_encoder_weights(base: Base) -> dict[str, torch.Tensor]:
 def encode_texts(captions: list[str], base: Base) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode texts as the stock CLIP Text Encode node does: (N, 77, WIDTH), and pooled (N, WIDTH), float16.
 
-    What a base's wider text has behind WIDTH is zeros.
+    Columns behind WIDTH, where a base's text is wider, are zeros and left out.
     """
     import comfy.sd
     weights = {name.removeprefix(base.text): tensor for name, tensor in text_encoder_weights(base).items()}

@@ -1,4 +1,4 @@
-"""The transformer: ComfyUI's own SD3 class with few blocks; and how it is trained."""
+"""The transformer: ComfyUI's own SD3 class with few blocks; and its training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from demo_model.text import WIDTH
 BATCH = 32
 LEARNING_RATE = 1e-3
 DROPPED_CAPTIONS = 0.1
-# of the logit-normal density of noise levels (arXiv 2403.03206): above 0, for the shape of the whole is settled there
-LEVEL_MEAN, LEVEL_DEVIATION = 0.5, 1.0
+# the logit-normal density of noise levels (arXiv 2403.03206): above 0, for the shape of the whole is fixed there
+LEVEL_MEAN, LEVEL_STD = 0.5, 1.0
 
 
 def new_transformer(base: Base) -> MMDiT:
@@ -29,6 +29,7 @@ def new_transformer(base: Base) -> MMDiT:
                   context_embedder_config={"target": "torch.nn.Linear",
                                            "params": {"in_features": WIDTH, "out_features": base.width}},
                   qk_norm="rms", operations=torch.nn, dtype=torch.float32)
+
     for name, parameter in model.named_parameters():
         if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
             torch.nn.init.zeros_(parameter)
@@ -56,7 +57,7 @@ def flow_loss(model: MMDiT, samples: Samples, device: torch.device) -> Callable[
     def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
         x0, caption, _, noise, spread = samples.batch(generator, DROPPED_CAPTIONS, 0.0, BATCH)
         x0, noise, spread = x0.to(device), noise.to(device), spread.to(device)
-        level = (LEVEL_MEAN + LEVEL_DEVIATION * torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4))).sigmoid()
+        level = (LEVEL_MEAN + LEVEL_STD * torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4))).sigmoid()
         share = level[:, None, None, None]
         velocity = predict(model, (1 - share) * x0 + share * noise, level, tuple(part.to(device) for part in caption))
         return (velocity - (noise - x0)).square().mean()

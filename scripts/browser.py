@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from typing import TYPE_CHECKING
 
 import comfy_client
 import environment
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page, Playwright
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
@@ -14,24 +18,24 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNod
             "LiteGraph.Canvas.MinFontSizeForLOD": 0}  # texts at any zoom
 
 
-def launch(playwright):
+def launch(playwright: Playwright) -> Browser:
     """A browser without a window."""
     return playwright.chromium.launch(executable_path=environment.CHROMIUM, args=FLAGS)
 
 
-def open_page(browser, url: str, settings: dict):
+def open_page(browser: Browser, url: str, settings: dict) -> Page:
     """A page with the frontend of the server at `url`, ready for use; `settings` are the user's, beside SETTINGS."""
     post = urllib.request.Request(f"{url}/settings", json.dumps(SETTINGS | settings).encode(),
                                   {"Content-Type": "application/json"})
     comfy_client.open_url(post).close()
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
-    page.set_default_timeout(60_000)  # of each wait: the machine may be busy
+    page.set_default_timeout(60_000)  # milliseconds of each wait, since the machine may be busy
     page.goto(url)
     wait_until_ready(page)
     return page
 
 
-def wait_until_ready(page) -> None:
+def wait_until_ready(page: Page) -> None:
     """Wait until the pack's nodes are there and a workflow, the last or the default one, is open."""
     page.wait_for_function("() => !!(window.app?.graph && window.LiteGraph?.registered_node_types.ControlNeXtApply)")
     page.wait_for_function("() => app.extensionManager.workflow.activeWorkflow && app.graph.nodes.length")

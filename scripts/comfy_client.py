@@ -40,8 +40,10 @@ def running_server(comfyui: Path, base: Path, port: int = 0, options: tuple[str,
     # The database would lie in ComfyUI's own folder, which stays untouched.
     command = [sys.executable, comfyui / "main.py", "--base-directory", base, "--port", str(port),
                "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *options]
+
     with open(base / "server.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=base)
+
     try:
         while not _answers(url):
             if process.poll() is not None:
@@ -67,8 +69,8 @@ def run_graph(url: str, graph: dict, on_event: OnEvent = lambda kind, data: None
     """Queue `graph` (API format: {node id: {"class_type", "inputs"}}) and wait until it has run.
 
     `on_event` gets each message of the websocket about this graph: its type ("executing", "progress", ...), its data.
-    Returns {node id: what the node shows}, such as {"images": [{"filename", "subfolder", "type"}]}. Raises ComfyError
-    with ComfyUI's own message when a node refuses its inputs or fails.
+    Returns {node id: the node's shown output}, such as {"images": [{"filename", "subfolder", "type"}]}. Raises
+    ComfyError with ComfyUI's own message when a node refuses its inputs or fails.
     """
     return asyncio.run(_run_graph(url, graph, on_event))
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import environment
 
-# What is sampled by default: with the project's own model, which knows drawings of this size by short names, and with
-# a given one.
+# Defaults of the sampling: with the project's own model, which knows drawings of this size by short names, and with a
+# given one.
 OWN = {"prompt": "cat face", "negative": "", "size": (96, 96), "steps": 16, "cfg": 2.0}
 GIVEN = {"prompt": "a cat, oil painting", "negative": "blurry, low quality", "size": (512, 512), "steps": 20,
          "cfg": 7.0}
@@ -40,17 +40,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", help=f"(default: {OWN['prompt']}; with a given checkpoint: {GIVEN['prompt']})")
     parser.add_argument("--negative", metavar="PROMPT", help=f"(default: none; {GIVEN['negative']})")
     parser.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT",
-                        help="of the picture, multiples of 8 (default: 96x96; 512x512)")
-    parser.add_argument("--steps", type=int, help=f"of the sampler (default: {OWN['steps']}; {GIVEN['steps']})")
+                        help="size of the picture, multiples of 8 (default: 96x96; 512x512)")
+    parser.add_argument("--steps", type=int, help=f"steps of the sampler (default: {OWN['steps']}; {GIVEN['steps']})")
     parser.add_argument("--cfg", type=float, help=f"(default: {OWN['cfg']:g}; {GIVEN['cfg']:g})")
     parser.add_argument("--seed", type=int, default=4)
-    parser.add_argument("--strength", type=float, default=1.0, help="of the control; 0 is off")
-    parser.add_argument("--port", type=int, default=0, help="of the server (default: any free one)")
+    parser.add_argument("--strength", type=float, default=1.0, help="strength of the control; 0 is off")
+    parser.add_argument("--port", type=int, default=0, help="port of the server (default: any free one)")
     parser.add_argument("--keep-open", action="store_true", help="leave the server running for a browser until Ctrl+C")
+
     options = parser.parse_args(arguments)
     if bool(options.checkpoint) != bool(options.controlnext) or (options.unet_weights and not options.checkpoint):
         parser.error("--checkpoint and --controlnext belong together, --unet-weights only to them; give both, or none "
                      "for the project's own model")
+
     for name, value in (GIVEN if options.checkpoint else OWN).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -97,6 +99,7 @@ def main_job(checkpoint: str, controlnext: str, image: str, *, size: tuple[int, 
         "decode": node("VAEDecode", samples=["sample", 0], vae=["checkpoint", 2]),
         "save": node("SaveImage", images=["decode", 0], filename_prefix="controlnext_demo"),
     }
+
     if unet_weights:
         graph["unet_weights"] = node("ControlNeXtUNetLoader", model=["checkpoint", 0], unet_name=unet_weights,
                                      strength=1.0, mode="auto")
@@ -107,7 +110,7 @@ def main_job(checkpoint: str, controlnext: str, image: str, *, size: tuple[int, 
 def put_photo(image: Path | None, size: tuple[int, int], folder: Path) -> Path:
     """Cut the picture (None: DRAWING) to `size` and save it in ComfyUI's input folder.
 
-    What is transparent in a drawing becomes white paper.
+    Transparent parts of a drawing become white paper.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
     try:
@@ -120,6 +123,7 @@ def put_photo(image: Path | None, size: tuple[int, int], folder: Path) -> Path:
             photo = ImageOps.exif_transpose(Image.open(image))
     except UnidentifiedImageError as error:
         raise ValueError(f"--image: {image} is not a picture that can be read.") from error
+
     paper = Image.new("RGBA", photo.size, "white")
     path = folder / "controlnext_demo.png"
     ImageOps.fit(Image.alpha_composite(paper, photo.convert("RGBA")).convert("RGB"), size).save(path)
@@ -143,7 +147,7 @@ def put_weights(file: Path, folder: Path) -> str:
 
 
 def files_for_job(options: argparse.Namespace, comfyui: Path, models: Path) -> dict[str, str | None]:
-    """Put the weights into ComfyUI's models folder `models`; returns what main_job needs to know of them."""
+    """Put the weights into ComfyUI's models folder `models`; returns their names for main_job."""
     if options.checkpoint:
         return {"checkpoint": put_weights(options.checkpoint, models / "checkpoints"),
                 "controlnext": put_weights(options.controlnext, models / "controlnext"),
@@ -179,7 +183,7 @@ def show_progress(graph: dict):
 
 
 def image_path(base: Path, shown: dict) -> Path:
-    """Where the picture lies that a node showed: its type names the folder of the base directory."""
+    """The path of the picture that a node showed: its type names the folder of the base directory."""
     image = shown["images"][0]
     return base / image["type"] / image["subfolder"] / image["filename"]
 
@@ -207,11 +211,13 @@ def run(options: argparse.Namespace, comfyui: Path) -> None:
     import comfy_client
     base = environment.base_directory(environment.cache_folder() / "base")
     graph, photo = prepare_job(options, comfyui, base)
+
     print("Starting ComfyUI ...", flush=True)
     device = ("--cpu",) if needs_cpu_option() else ()
     with comfy_client.running_server(comfyui, base, options.port, device) as url:
         print(f"Running the graph on {url} ...", flush=True)
         outputs = comfy_client.run_graph(url, graph, show_progress(graph))
+
         picture, edges = image_path(base, outputs["save"]), image_path(base, outputs["show_edges"])
         side_by_side = picture.with_name(f"{picture.stem}side_by_side.png")
         save_side_by_side(photo, edges, picture, side_by_side)

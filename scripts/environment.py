@@ -1,4 +1,4 @@
-"""What the demo and the tests run on: a ComfyUI tree, a Python environment, and ComfyUI base directories.
+"""The environment of the demo and the tests: a ComfyUI tree, a Python environment, and ComfyUI base directories.
 
 Standard library only, for it runs before anything is installed. All it makes lies in one cache folder,
 CONTROLNEXT_CACHE (default: `comfyui-controlnext` in the user's cache folder); nothing outside it is
@@ -87,6 +87,7 @@ def base_directory(folder: Path) -> Path:
     """Make a base directory for ComfyUI's --base-directory in `folder`, with this repository among its custom nodes."""
     for name in ("models/checkpoints", "models/controlnext", "custom_nodes", "input", "output", "temp", "user"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+
     link = folder / "custom_nodes" / "ComfyUI-ControlNeXt"
     if link.exists() and link.samefile(REPOSITORY):
         return folder
@@ -152,6 +153,7 @@ def _comfyui(version: str, python: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     tree.parent.mkdir(exist_ok=True)
+
     print(f"Getting ComfyUI {version} ...", flush=True)
     try:
         _download_comfyui(version, python, partial).rename(tree)  # a tree that has its name is whole
@@ -170,6 +172,7 @@ def _download_comfyui(version: str, python: Path, folder: Path) -> Path:
             archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
             archive.extractall(folder)
         return next(folder.glob("*/vendor/ComfyUI"))
+
     clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", f"v{version}", COMFYUI_GIT, folder / "ComfyUI"]
     try:
         subprocess.run(clone, check=True, capture_output=True)
@@ -208,6 +211,7 @@ def _install(python: Path, comfyui: Path) -> None:
     if complete.is_file() and complete.read_text() == stamp:
         return
     complete.unlink(missing_ok=True)
+
     if _has_nvidia_gpu():
         print("Installing Python packages for an NVIDIA GPU (about 7 GB, some minutes) ...", flush=True)
         _pip_install(python, *packages, *TORCH_PACKAGES)
@@ -216,6 +220,7 @@ def _install(python: Path, comfyui: Path) -> None:
         _pip_install(python, *packages, *CPU_PINS)
         _pip_install(python, "--no-deps", CPU_TORCHAUDIO)
         _repair_torch_packages(python)
+
     if not _imports(python, "cv2"):
         print("opencv-python does not import here (its desktop libraries are missing): using opencv-python-headless.")
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "opencv-python"], check=True)
@@ -237,6 +242,7 @@ def _repair_torch_packages(python: Path) -> None:
         return
     print("torchvision and torchaudio are built for a GPU: declaring two of torchvision's operators and removing "
           "torchaudio's compiled part, in this environment only.")
+
     show_site = [python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"]
     site = Path(subprocess.run(show_site, check=True, capture_output=True, text=True).stdout.strip())
     init = site / "torchvision" / "__init__.py"
@@ -244,6 +250,7 @@ def _repair_torch_packages(python: Path) -> None:
         init.write_text(TORCHVISION_SCHEMAS + init.read_text())
     for library in (site / "torchaudio" / "lib").glob("*.so"):
         library.unlink()
+
     if not _imports(python, "torchvision, torchaudio"):
         raise SetupError("torchvision or torchaudio does not import beside this torch; set COMFYUI_PYTHON to the "
                          "interpreter of a ComfyUI that runs.")

@@ -11,13 +11,18 @@ import argparse
 import copy
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import demo
 import environment
 
+if TYPE_CHECKING:
+    from PIL import Image
+    from playwright.sync_api import Page, Playwright
+
 DOCS = environment.REPOSITORY / "web" / "docs"
 README = environment.REPOSITORY / "screenshots"
-LAYOUT = {  # of the main job: left, top, width, height
+LAYOUT = {  # {node of the main job: (left, top, width, height)}
     "checkpoint": (0, 0, 330, 98), "unet_weights": (0, 150, 330, 200), "controlnext": (0, 410, 330, 160),
     "photo": (380, 0, 330, 380), "edges": (380, 430, 330, 130), "apply": (760, 0, 330, 480),
     "show_edges": (760, 530, 330, 260),
@@ -34,22 +39,26 @@ def person(middle: tuple[float, float], height: float, *, raised: float = 0.0, w
            canvas_height: int = 512) -> dict:
     """One POSE_KEYPOINT frame with one person: `middle` of the hips and `height` in pixels, arms raised from 0 to 1."""
     points = list(STANDING)
+    angle = math.pi * (0.06 + 0.8 * raised)  # between the arm and one that hangs down
     for elbow, wrist, side in ((3, 4, -1), (6, 7, 1)):
-        angle = math.pi * (0.06 + 0.8 * raised)  # of the arm, from hanging down
         shoulder = points[elbow - 1]
         points[elbow] = (shoulder[0] + side * .15 * math.sin(angle), shoulder[1] + .15 * math.cos(angle))
         points[wrist] = (points[elbow][0] + side * .14 * math.sin(angle * 1.2),
                          points[elbow][1] + .14 * math.cos(angle * 1.2))
-    face = [(.06 * math.sin(turn), -.46 - .07 * math.cos(turn)) for turn in (2 * math.pi * i / 68 for i in range(68))]
-    hands = [[points[wrist], *((points[wrist][0] + .012 * joint * math.sin(spread), points[wrist][1] + .012 * joint
-                               * math.cos(spread)) for spread in (-.8, -.4, 0, .4, .8) for joint in (1, 2, 3, 4))]
-             for wrist in (7, 4)]
+    turns = [2 * math.pi * index / 68 for index in range(68)]
+    face = [(.06 * math.sin(turn), -.46 - .07 * math.cos(turn)) for turn in turns]
+
+    def hand(x: float, y: float) -> list[tuple[float, float]]:
+        """The wrist and five fingers of four joints, thumb first."""
+        return [(x, y), *((x + .012 * joint * math.sin(spread), y + .012 * joint * math.cos(spread))
+                          for spread in (-.8, -.4, 0, .4, .8) for joint in (1, 2, 3, 4))]
 
     def pixels(fractions: list) -> list[float]:
         return [value for x, y in fractions for value in (middle[0] + x * height, middle[1] + y * height, 1.0)]
+
     return {"canvas_width": width, "canvas_height": canvas_height, "people": [{
         "pose_keypoints_2d": pixels(points), "face_keypoints_2d": pixels(face),
-        "hand_left_keypoints_2d": pixels(hands[0]), "hand_right_keypoints_2d": pixels(hands[1]),
+        "hand_left_keypoints_2d": pixels(hand(*points[7])), "hand_right_keypoints_2d": pixels(hand(*points[4])),
     }]}
 
 
@@ -64,7 +73,7 @@ def draw(keypoints: list[dict], colors: str = "controlnext") -> list:
 
 
 def aligned(frames: list[dict], reference: dict) -> list[dict]:
-    """What ControlNeXt Align Pose makes of them."""
+    """The frames as ControlNeXt Align Pose aligns them."""
     from controlnext_core.pose_align import align_pose
     from controlnext_core.pose_keypoints import read_pose_keypoints, write_pose_keypoints
     return write_pose_keypoints(align_pose(read_pose_keypoints(frames, "keypoints"),
@@ -84,16 +93,16 @@ def save_row(pictures: list, captions: list[str], path: Path) -> None:
     row.save(path, quality=88)
 
 
-def open_page(playwright, url: str):
-    """ComfyUI in a window that shows the graph alone."""
+def open_page(playwright: Playwright, url: str) -> Page:
+    """ComfyUI in a window that shows only the graph."""
     import browser
     page = browser.open_page(browser.launch(playwright), url,
                              {"Comfy.Minimap.Visible": False, "Comfy.RightSidePanel.IsOpen": False})
-    page.wait_for_timeout(2000)  # for what glides into place
+    page.wait_for_timeout(2000)  # until all has glided into place
     return page
 
 
-def photograph_graph(page, path: Path) -> None:
+def photograph_graph(page: Page, path: Path) -> None:
     """The main job on the canvas, laid out in one view."""
     page.evaluate("""layout => {
         for (const [id, [left, top, width, height]] of Object.entries(layout)) {
@@ -108,12 +117,13 @@ def photograph_graph(page, path: Path) -> None:
         app.canvas.ds.offset = [100, 150]
         app.canvas.setDirty(true, true)
     }""", LAYOUT)
+
     page.wait_for_timeout(1500)
     page.screenshot(path=path, type="jpeg", quality=85, clip={"x": 60, "y": 84, "width": 1500, "height": 690})
 
 
-def photograph_error(page, graph: dict, unet_weights: str, path: Path) -> None:
-    """What the page says when UNet weights are chosen where a ControlNeXt model belongs."""
+def photograph_error(page: Page, graph: dict, unet_weights: str, path: Path) -> None:
+    """The page's error when UNet weights are chosen where a ControlNeXt model belongs."""
     graph["controlnext"]["inputs"]["controlnext_name"] = unet_weights
     page.evaluate("graph => app.loadApiJson(graph, 'wrong file')", graph)
     page.wait_for_timeout(1000)
@@ -123,12 +133,12 @@ def photograph_error(page, graph: dict, unet_weights: str, path: Path) -> None:
     page.screenshot(path=path, type="jpeg", quality=88, clip={"x": 1300, "y": 190, "width": 300, "height": 530})
 
 
-def photograph_nodes(page, nodes: dict[str, str]) -> None:
+def photograph_nodes(page: Page, nodes: dict[str, str]) -> None:
     """{node of the graph on the canvas, by its id: node type}: each as it looks, into its help page's picture."""
     for node, kind in nodes.items():
         rectangle = page.evaluate("""id => {
             const node = app.graph.getNodeById(id)
-            if (!node.imgs) node.setSize([400, node.size[1] + 40])  // what it says in text
+            if (!node.imgs) node.setSize([400, node.size[1] + 40])  // for its text
             const [left, top, width, height] = [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]
             app.canvas.deselectAll()
             app.canvas.ds.scale = Math.min(1.6, 800 / height)
@@ -147,6 +157,7 @@ def with_other_nodes(job: dict) -> dict:
     from demo_model import provide
     node, graph = demo.node, copy.deepcopy(job)
     graph["apply"]["inputs"]["end_percent"] = 0.8
+
     return graph | {
         "control_net": node("ControlNeXtToControlNet", controlnext=["controlnext", 0]),
         "lora": node("ControlNeXtSaveAsLoRA", unet_name=provide.SD3_CANNY_UNET, model=["checkpoint", 0],
@@ -159,7 +170,7 @@ def with_other_nodes(job: dict) -> dict:
     }
 
 
-def photograph_run(page, graph: dict) -> None:
+def photograph_run(page: Page, graph: dict) -> None:
     """Run the graph, and photograph its nodes, the whole of it, and an error."""
     from demo_model import provide
     page.evaluate("graph => app.loadApiJson(graph, 'pictures')", graph)
@@ -174,7 +185,7 @@ def photograph_run(page, graph: dict) -> None:
     photograph_error(page, graph, provide.CANNY_UNET, README / "error.jpg")
 
 
-def save_edges(photo) -> None:
+def save_edges(photo: Image.Image) -> None:
     """The help page's picture of ControlNeXt Canny."""
     import numpy as np
     from PIL import Image
@@ -211,6 +222,7 @@ def run(options: argparse.Namespace, comfyui: Path) -> None:
         with sync_playwright() as playwright:
             photograph_run(open_page(playwright, url), with_other_nodes(job))
         outputs = comfy_client.run_graph(url, job)  # an event loop of its own
+
     shown = (demo.image_path(base, outputs[node]) for node in ("show_edges", "save"))
     demo.save_side_by_side(file, *shown, README / "demo.jpg")
     save_poses()

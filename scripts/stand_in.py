@@ -46,6 +46,7 @@ def controlnext_shapes() -> dict[str, tuple[int, ...]]:
         "embedding.1": 64, "embedding.4": 64, "embedding.7": 128, "down_res.0.norm1": 128, "down_res.0.norm2": 128,
         "down_res.1.norm1": 128, "down_res.1.norm2": 256, "mid_convs.0.2": 256, "mid_convs.0.4": 256,
     }
+
     weights = {name: (out, channels, kernel, kernel) for name, (channels, out, kernel) in convolutions.items()}
     weights |= {name: (out, features) for name, (features, out) in linears.items()}
     weights |= {name: (channels,) for name, channels in norms.items()}

@@ -4,7 +4,7 @@
 
 Sets up ComfyUI and its Python environment on the first call (environment.py). Then come ruff, all tests on the newest
 supported ComfyUI, and beside them the tests marked `versions` on the older ones. When COMFYUI_PATH names a ComfyUI, the
-tests run on that one alone. With arguments, pytest runs once, with them. The last lines sum up, and say so when the
+tests run only on that one. With arguments, pytest runs once, with them. The last lines sum up, and say so when the
 browser tests were skipped for want of a Chromium; nothing else is skipped on what is set up here.
 """
 
@@ -18,12 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import environment
 
-OLDER_VERSIONS = {"0.24.0": "versions", "0.16.3": "versions and not curve_editor"}  # the tests that it runs
+OLDER_VERSIONS = {"0.24.0": "versions", "0.16.3": "versions and not curve_editor"}  # {version: the tests that it runs}
 WORKERS = 3  # each with a real ComfyUI, one of them often waiting for a server; with the older ones' up to 18 GB
 
 
 def main() -> int:
     python, comfyui = environment.set_up()
+
     pytest = [python, "-m", "pytest"]
     checks, behind = [(f"pytest on {comfyui}", comfyui, [*pytest, *sys.argv[1:]])], []
     if not sys.argv[1:]:
@@ -35,6 +36,7 @@ def main() -> int:
         if not os.environ.get("COMFYUI_PATH"):
             behind = [(f"pytest on ComfyUI {version}", environment.older_comfyui(version, python),
                        [*pytest, "-q", "-m", tests, "tests/comfy"]) for version, tests in OLDER_VERSIONS.items()]
+
     with ThreadPoolExecutor() as lanes:
         others = lanes.submit(run, behind, shown=False)
         summary = [*run(checks), *others.result()]
@@ -51,6 +53,7 @@ def run(checks: list[tuple], shown: bool = True) -> list[str]:
         shown: print what they print as it comes, or whole at their end.
     """
     summary = []
+
     for name, tree, command in checks:
         if shown:
             print(f"== {name}", flush=True)

@@ -30,10 +30,14 @@ import environment
 import pictures
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+    from playwright.sync_api import Page
+
     from demo_model.bases import Base
 
 EXAMPLES = environment.REPOSITORY / "example_workflows"
-SIDE = 512  # of a thumbnail
+SIDE = 512  # pixels on a side of a thumbnail
 DRAWINGS = {  # workflow: the drawings whose edges or silhouette control it; no training saw these
     "SDXL Canny": ["rooster"], "Control and LoRA": ["flamingo"], "Inpaint with Control": ["cat face"],
     "Compare": ["fish"], "SD1.5 Mask": ["koala"], "Two Controls": ["horse face"], "SDXL Depth": ["bison"],
@@ -45,20 +49,20 @@ SHEETS = {"Tiled Upscale with Control": ["open lock", "rooster", "camera", "hors
 POSES = {"SD1.5 Pose": (1, 1), "SVD Pose Video": (3, 1), "SVD Long Pose Video": (3, 2)}  # columns and rows of people
 GRAPHS = {"Flux Canny": 1, "Wan Canny Video": 2}  # the group that the picture begins with
 COMPARED = ("Compare", "Train ControlNeXt", "Distil a ControlNet", *SMALL)  # with control and without, half each
-LEFT_OUT = ("LoadBackgroundRemovalModel", "LoadDA3Model", "DA3Inference")  # for what the silhouette stands
+LEFT_OUT = ("LoadBackgroundRemovalModel", "LoadDA3Model", "DA3Inference")  # whose result the silhouette stands for
 SAMPLING = {"sd15": {"steps": 20, "cfg": 2.0}, "sd3": {name: demo.OWN[name] for name in ("steps", "cfg")}}
 STRENGTHS = {0.35: 1.0, 0.21: 0.6}  # the SDXL Canny weights' in the files, and what they are of controls trained at 1
 CONTROLS = ("canny", "super_resolution")  # that the small models have by these names; mask stands for others
 TRAINING = "drawings"  # the folder of pictures to train on, in the input folder
 TEACHER = "drawings_canny_teacher.safetensors"  # the ControlNet to learn from
-LEARNED_FROM = ["tiger", "duck", "hamburger", "teapot", "guitar", "desktop computer"]  # what the base draws for that
-SETTINGS = {  # of the training, for so small a model
+LEARNED_FROM = ["tiger", "duck", "hamburger", "teapot", "guitar", "desktop computer"]  # prompts to draw and learn from
+SETTINGS = {  # the training's, for so small a model
     "batch_size": 8, "grad_accumulation_steps": 1, "learning_rate": 1e-3, "unet_learning_rate": 3e-4,
     "scale_learning_rate": 1e-2, "unet_pattern": ".", "inject_at": "conv_in", "min_snr_gamma": 1.0,
     "training_dtype": "fp32", "gradient_checkpointing": False, "caption_dropout": 0.3, "save_every": 0,
     "preview_every": 0,
 }
-# What the note in a workflow says of its thumbnail, before and after this script made it.
+# Ends of the sentence about the thumbnail in a workflow's note, before and after this script made it.
 NOT_MADE = "shows the graph and no result: these weights could not be had where it was made."
 MADE = ("was made by running this graph on a small model of drawings, which this project trained; where it needs other "
         "models, with the drawing's silhouette.")
@@ -79,7 +83,7 @@ def existing_workflow(name: str) -> str:
     return name
 
 
-def drawing_of(name: str):
+def drawing_of(name: str) -> np.ndarray:
     """The drawing of this name, (height, width, 3) uint8."""
     from demo_model.drawings import load_held_out
     from demo_model.provide import WEIGHTS
@@ -121,7 +125,7 @@ def put_sheet(names: list[str], folder: Path) -> str:
     return "sheet.png"
 
 
-def put_training(drawings, captions: list[str], folder: Path) -> None:
+def put_training(drawings: np.ndarray, captions: list[str], folder: Path) -> None:
     """Save drawings (N, height, width, 3) with their captions in the folder TRAINING."""
     from PIL import Image
     (folder / TRAINING).mkdir(exist_ok=True)
@@ -162,10 +166,11 @@ def replace_nodes(prompt: dict) -> None:
     replacements = {
         "RemoveBackground": lambda _: demo.node("InvertMask", mask=[photo, 1]),
         "DA3Render": lambda _: demo.node("MaskToImage", mask=["figure_mask", 0]),
-        # which makes no picture as small as these
+        # it makes no picture as small as these
         "ImageScaleToTotalPixels": lambda given: demo.node("ImageScale", image=given["image"], crop="disabled",
                                                            upscale_method=given["upscale_method"]),
     }
+
     for node, values in list(prompt.items()):
         if values["class_type"] in replacements:
             prompt[node] = replacements[values["class_type"]](values["inputs"])
@@ -231,7 +236,7 @@ def shown(outputs: dict, prompt: dict, base: Path, kind: str, key: str = "images
             for node, values in prompt.items() if values["class_type"] == kind]
 
 
-def compose(result, controls: list):
+def compose(result: Image.Image, controls: list[Image.Image]) -> Image.Image:
     """The result in full, its control images small in the lower left corner."""
     from PIL import Image
     picture = result.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -241,7 +246,7 @@ def compose(result, controls: list):
     return picture
 
 
-def halves(left, right):
+def halves(left: Image.Image, right: Image.Image) -> Image.Image:
     """Two pictures as under a slider in the middle."""
     from PIL import Image
     picture = left.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -250,7 +255,7 @@ def halves(left, right):
     return picture
 
 
-def above(controls: list, result):
+def above(controls: list[Image.Image], result: Image.Image) -> Image.Image:
     """The control images side by side, the result of all beneath, twice as wide as it is high."""
     from PIL import Image
     picture = Image.new("RGB", (SIDE, SIDE))
@@ -261,7 +266,7 @@ def above(controls: list, result):
     return picture
 
 
-def poses(columns: int, rows: int):
+def poses(columns: int, rows: int) -> Image.Image:
     """A person who raises the arms, frame by frame in a grid, in OpenPose's look, whose lines show when small."""
     from PIL import Image
     picture, count = Image.new("RGB", (SIDE, SIDE)), columns * rows
@@ -274,7 +279,7 @@ def poses(columns: int, rows: int):
     return picture
 
 
-def photograph_graph(page, group: int, path: Path) -> None:
+def photograph_graph(page: Page, group: int, path: Path) -> None:
     """The graph on the canvas from its group of this index on, as much as fits a square."""
     from PIL import Image
     page.evaluate("""index => {
@@ -292,7 +297,7 @@ def photograph_graph(page, group: int, path: Path) -> None:
 def prompts(url: str, workflows: list[str]) -> dict[str, dict]:
     """{workflow: its API graph, as the frontend makes it of the file}, of those whose nodes ComfyUI has.
 
-    Of GRAPHS the thumbnail is made here, where the graph is on the canvas.
+    The thumbnails of GRAPHS are made here, while the graph is on the canvas.
     """
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
@@ -324,7 +329,7 @@ def put_given(workflow: str, folder: Path) -> tuple[list[str], list[str]]:
     return files, LEARNED_FROM + names if workflow == "Distil a ControlNet" else names
 
 
-def thumbnail(workflow: str, outputs: dict, prompt: dict, base: Path):
+def thumbnail(workflow: str, outputs: dict, prompt: dict, base: Path) -> Image.Image:
     """The thumbnail of what the nodes showed."""
     controls = shown(outputs, prompt, base, "PreviewImage")
     if workflow in COMPARED:
@@ -354,7 +359,7 @@ def run(options: argparse.Namespace, comfyui: Path) -> None:
                      base / "input")
     if "Distil a ControlNet" in chosen:
         put_teacher(base / "models" / "controlnet")
-    Image.fromarray(drawing_of("cat face")).save(base / "input" / "example.png")  # what the files load, for GRAPHS
+    Image.fromarray(drawing_of("cat face")).save(base / "input" / "example.png")  # for GRAPHS, whose files load it
 
     device = ("--cpu",) if demo.needs_cpu_option() else ()
     with comfy_client.running_server(comfyui, base, options=device) as url:
