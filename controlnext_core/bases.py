@@ -38,7 +38,7 @@ class Base:
 _SD15_MARKS = ("down_blocks.0.attentions.", "input_blocks.1.1.")
 _VECTOR_MARKS = ("add_embedding.", "label_emb.")
 _FLUX_SHARED = ("double_blocks.", "single_blocks.", "single_transformer_blocks.", ".attn.", ".img_mlp.")
-# of large transformers the first ten blocks only: of Flux.1 94 million numbers, whose training takes 1.5 GB
+# the first ten blocks of a large transformer: in Flux.1 these are 94 million numbers, whose training takes 1.5 GB
 _FIRST_BLOCKS = r"^transformer_blocks\.\d\.attn\.to_out"
 # the patterns of UNets are those of the reference, which has no transformers; theirs do the same as SD1.5's: they name
 # the layers where the attention of the picture's tokens ends
@@ -81,10 +81,13 @@ def bases_of(keys: Iterable[str]) -> list[str]:
     prefixed = [key for key in keys if key.startswith(PREFIXES)]
     names = [without_prefix(key) for key in prefixed or keys]
 
-    marks = {mark for base in BASES.values() for mark in (*base.marks, *base.shared)}
-    found = {mark for mark in marks if any(mark in name for name in names)}
+    def in_a_name(mark: str) -> bool:
+        return any(mark in name for name in names)
+
+    found = {mark for base in BASES.values() for mark in filter(in_a_name, (*base.marks, *base.shared))}
     if not found:
         return []
+
     fitting = [base for base in BASES.values() if found.issubset((*base.marks, *base.shared))]
     told = [base for base in fitting if found.intersection(base.marks)]
     return [base.name for base in told or fitting]

@@ -8,7 +8,7 @@ from torch import nn
 
 from .families import either, families_of
 from .layouts import layout_of, solve_widths
-from .module import ControlNeXtModule
+from .module import ControlNeXtModule, Operations
 from .sentences import quoted
 
 PREFIXES = ("module.", "controlnet.", "controlnext.", "model.")
@@ -41,7 +41,7 @@ class Checkpoint:
     Attributes:
         module: made for the file's weights; ``load_weights`` fills it.
         state_dict: the file's weights, without prefixes and scale.
-        layout: of ``layouts.layout_of``.
+        layout: the name that ``layouts.layout_of`` gives it.
         scale: the learned scale, 1.0 when the file has none.
     """
 
@@ -97,7 +97,7 @@ def _control_part(state_dict: dict) -> dict:
 
 
 def kind_of_file(keys: Iterable[str]) -> str:
-    """What a file that is not a ControlNeXt module looks like, from its keys."""
+    """The kind of a file that is not a ControlNeXt module, told from its keys, as a sentence names it."""
     keys = list(keys)
     for what, marks in FOREIGN:
         if any(mark in key for key in keys for mark in marks):
@@ -132,14 +132,15 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> None
             raise ValueError(f"{name}: tensor {quoted(key)} holds NaN or infinite weights; {ANOTHER}.")
 
 
-def open_checkpoint(state_dict: Mapping, name: str, operations=nn, device=None) -> Checkpoint:
+def open_checkpoint(state_dict: Mapping, name: str, operations: Operations = nn,
+                    device: torch.device | None = None) -> Checkpoint:
     """Check a file's state dict and make the module that it is for; ``Checkpoint.load_weights`` fills it.
 
     Args:
         state_dict: {key: tensor} as it came from the file, prefixes, the UNet beside it and all.
         name: the file's name, for messages.
         operations: where layers come from.
-        device: of the module's (yet unfilled) parameters, which take the dtype of the file.
+        device: the module's, whose parameters take the dtype of the file.
 
     Raises:
         ValueError: not a ControlNeXt module (says what it is), a missing, foreign or wrongly shaped tensor (named),

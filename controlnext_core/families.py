@@ -32,10 +32,10 @@ class Family:
         layout: the state dict layout (see ``layouts``) that its files have.
         place: where the features enter the denoiser.
         pool_first: pool the features to the denoiser's size before normalizing them, not after.
-        eps: added to the standard deviation of the features.
+        eps: added to the std of the features.
         released: the reference implementation has it; the others are this project's own.
-        gain: learned ``scale`` -> multiplier of the conditional half.
-        zero_negative_scale: the reference sets ``scale`` to 0 for the unconditional half.
+        gain: learned ``scale`` -> multiplier of the cond half.
+        zero_negative_scale: the reference sets ``scale`` to 0 for the uncond half.
         stem_padding: padding of the stem's second and third convolution; the weights cannot tell it.
         stem_pool: halve the stem's output with a 2x2 max pooling; the weights cannot tell it.
         window_reference: the reference gives the first frame of every window of a long video the control of the whole
@@ -56,13 +56,17 @@ class Family:
     window_reference: bool = False
 
     def gains(self, scale: float) -> tuple[float, float]:
-        """Multipliers of the (conditional, unconditional) half for the learned ``scale``, 1.0 in files without one.
+        """Multipliers of the (cond, uncond) half for the learned ``scale``, 1.0 in files without one.
 
         A tensor, as it is while it is learned, gives tensors.
         """
         return self.gain(scale), self.gain(0.0 if self.zero_negative_scale else scale)
 
 
+# pooled before they are normalized, features have the std of the tokens; pooled behind the stem, too, they are as fine
+# as the tokens and cost a quarter
+_TRANSFORMERS = [Family(base, base, "light", "tokens", pool_first=True, eps=1e-12, stem_pool=True, released=False)
+                 for base in ("sd3", "flux", "chroma", "qwen_image", "flux2", "z_image", "wan")]
 FAMILIES = {
     family.name: family
     for family in (
@@ -75,10 +79,7 @@ FAMILIES = {
                gain=_fifth, zero_negative_scale=True, window_reference=True),
         Family("svd_mid", "svd", "video_mid", "before_middle", pool_first=False, eps=1e-5,
                gain=_sigmoid, zero_negative_scale=True, stem_padding=0, stem_pool=True),
-        # pooled before they are normalized, their std is that of the tokens; pooled behind the stem, too, they are as
-        # fine as the tokens and cost a quarter
-        *(Family(base, base, "light", "tokens", pool_first=True, eps=1e-12, stem_pool=True, released=False)
-          for base in ("sd3", "flux", "chroma", "qwen_image", "flux2", "z_image", "wan")),
+        *_TRANSFORMERS,
     )
 }
 
@@ -100,6 +101,7 @@ def resolve(layout: str, variant: str, base: str) -> Family:
     for family in candidates:
         if family.base == base:
             return family
+
     names = either(family.name for family in candidates)
     titles = either(BASES[family.base].title for family in candidates)
     title = BASES[base].title

@@ -27,7 +27,7 @@ def control_features(module: ControlNeXtModule, family: Family,
 
 
 def _mean(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The mean of tensors that come one after the other; one alone is given back as it is."""
+    """The mean of tensors that come one after the other; a single one is given back as it is."""
     tensors = iter(tensors)
     total, count = next(tensors), 1
     for tensor in tensors:

@@ -1,8 +1,9 @@
-"""What a training step goes down: the noise levels that it draws, and the loss of what the model predicts there."""
+"""The losses of a training: the noise levels at which a step looks, and how wrong the model's prediction is there."""
 
 import torch
 
-# a model predicts (x - x0 * a) / b of its noisy x; an error of the estimated x0 counts 1 / b^2, as the reference has it
+# {what a model predicts: weight of a squared error of its estimated x0}. The prediction is (x - x0 * a) / b of a noisy
+# x, so the weight is 1 / b^2, as the reference has it
 LOSS_WEIGHTS = {
     "epsilon": lambda sigma: sigma ** -2,
     "v": lambda sigma: sigma ** -2 + 1,
@@ -16,25 +17,35 @@ SIGNAL_TO_NOISE = {
 
 
 def draw_levels(rows: int, levels: int, prediction: str, generator: torch.Generator) -> torch.Tensor:
-    """Which of a sampling's noise levels each row of a batch gets, (rows,), 0 is the one of least noise.
+    """The index of a noise level for each row of a batch, (rows,) int64, 0 the level of least noise.
 
-    Each is as likely as any other, as the reference has it. Of flow models the middle ones are likelier: logit-normal
-    with mean 0 and deviation 1, as SD3 was trained (arXiv 2403.03206); the levels themselves follow the model's shift.
+    Each level is as likely as any other, as the reference has it. For flow models the middle ones are likelier:
+    logit-normal with mean 0 and std 1, as SD3 was trained (arXiv 2403.03206); the levels themselves follow the model's
+    shift.
+
+    Args:
+        levels: how many there are.
+        prediction: epsilon, v or flow.
     """
     if prediction == "flow":
         return (torch.randn(rows, generator=generator).sigmoid() * levels).long().clamp(max=levels - 1)
     return torch.randint(levels, (rows,), generator=generator)
 
 
-def draw_sigmas(rows: int, mean: float, deviation: float, limits: tuple[float, float],
+def draw_sigmas(rows: int, mean: float, std: float, limits: tuple[float, float],
                 generator: torch.Generator) -> torch.Tensor:
-    """Noise levels (rows,) of a continuous model: log-normal, as EDM draws them (arXiv 2206.00364), within limits."""
-    return (mean + deviation * torch.randn(rows, generator=generator)).exp().clamp(*limits)
+    """Noise levels (rows,) of a continuous model: log-normal, as EDM draws them (arXiv 2206.00364), within limits.
+
+    Args:
+        mean, std: of the logarithm.
+        limits: (lowest, highest) level.
+    """
+    return (mean + std * torch.randn(rows, generator=generator)).exp().clamp(*limits)
 
 
 def prediction_loss(denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor, prediction: str,
                     min_snr_gamma: float = 0.0) -> torch.Tensor:
-    """Mean squared error (N,) of what the model predicts, told from its estimate of the clean latents.
+    """Mean squared error (N,) of the model's prediction, told from its estimate of the clean latents.
 
     Equal to ``mse(epsilon, noise)``, ``mse(v, alpha * noise - sigma * x0)`` or ``mse(velocity, noise - x0)`` of the
     reference, sample by sample. With min-SNR weighting (arXiv 2303.09556) an error of the clean latents counts
@@ -43,7 +54,7 @@ def prediction_loss(denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Te
     Args:
         denoised: the model's estimate of ``clean``, (N, ...).
         clean: the latents before noise, (N, ...).
-        sigma: (N,) noise level: of x0 + sigma * noise, for flow of (1 - sigma) * x0 + sigma * noise. Above 0.
+        sigma: (N,) noise levels above 0: x0 + sigma * noise was seen, for flow (1 - sigma) * x0 + sigma * noise.
         prediction: epsilon, v or flow.
         min_snr_gamma: above 0, or 0 for the reference's loss.
     """

@@ -1,10 +1,12 @@
 """The ControlNeXt module: a small convolutional net from a control image and a timestep to features.
 
 One class covers the released families; widths come from the state dict. Its forward is split where the timestep
-enters: ``image_part`` depends on the image alone, ``timestep_part`` on both.
+enters: ``image_part`` depends on the image only, ``timestep_part`` on both.
 """
 
 import math
+from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from .layouts import WIDTHS
 
 STEM_GROUPS = 2  # cannot be deduced from the state dict, nor can the other group numbers
 CHANNELS_PER_GROUP = 32
+Operations = ModuleType | type  # where layers come from: ``torch.nn`` or one of ComfyUI's ``comfy.ops`` classes
 
 
 def timestep_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
@@ -29,7 +32,7 @@ def timestep_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
 class TimestepEmbedding(nn.Module):
     """Linear, SiLU, Linear: (N, frequencies) -> (N, time)."""
 
-    def __init__(self, frequencies: int, time: int, operations, **factory):
+    def __init__(self, frequencies: int, time: int, operations: Operations, **factory):
         super().__init__()
         self.linear_1 = operations.Linear(frequencies, time, **factory)
         self.linear_2 = operations.Linear(time, time, **factory)
@@ -41,7 +44,8 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, conv; + time; GroupNorm, SiLU, conv; + shortcut. Split before the timestep enters."""
 
-    def __init__(self, in_channels: int, out_channels: int, time: int, shortcut: bool, operations, **factory):
+    def __init__(self, in_channels: int, out_channels: int, time: int, shortcut: bool, operations: Operations,
+                 **factory):
         super().__init__()
         groups = math.gcd(in_channels, max(out_channels // CHANNELS_PER_GROUP, 1))  # 1 for an RGB input
         self.norm1 = operations.GroupNorm(groups, in_channels, eps=1e-6, **factory)
@@ -62,7 +66,7 @@ class ResnetBlock(nn.Module):
 class Downsample(nn.Module):
     """A strided convolution: (N, C, H, W) -> (N, C, H/2, W/2), rounded up."""
 
-    def __init__(self, channels: int, operations, **factory):
+    def __init__(self, channels: int, operations: Operations, **factory):
         super().__init__()
         self.conv = operations.Conv2d(channels, channels, 3, stride=2, padding=1, **factory)
 
@@ -76,14 +80,19 @@ class ControlNeXtModule(nn.Module):
     Args:
         widths: named widths, from ``layouts.solve_widths``.
         keys: the state dict's keys; they tell the stem, the stages, the shortcuts and the kind of middle.
-        operations: where layers come from (``torch.nn`` or one of ComfyUI's ``comfy.ops`` classes).
-        dtype, device: of the parameters.
-        scale: makes the scale that control is multiplied by a parameter, ``scale``, that begins as this number and is
-            trained; None where it is not learned.
+        operations: where layers come from.
+        dtype, device: the parameters'; None for torch's own.
+        scale: where the module learns the scale that control is multiplied by, the number that it begins as; None
+            elsewhere.
+
+    Attributes:
+        scale: the parameter, or None.
+        frequencies: of the timestep's embedding.
+        out_channels: of the features.
     """
 
-    def __init__(self, widths: dict[str, int], keys, operations=nn, dtype=None, device=None,
-                 scale: float | None = None):
+    def __init__(self, widths: dict[str, int], keys: Sequence[str], operations: Operations = nn,
+                 dtype: torch.dtype | None = None, device: torch.device | None = None, scale: float | None = None):
         super().__init__()
         self.scale = None if scale is None else nn.Parameter(torch.tensor(scale, dtype=dtype, device=device))
         factory = {"operations": operations, "dtype": dtype, "device": device}
@@ -92,6 +101,7 @@ class ControlNeXtModule(nn.Module):
         time, last = widths["time"], widths[f"width_{stages}"]
         self.frequencies = widths["frequencies"]
         self.out_channels = widths["out"]
+
         self.time_embedding = TimestepEmbedding(self.frequencies, time, **factory)
         self.embedding = None
         if "embedding.0.weight" in keys:
@@ -103,6 +113,7 @@ class ControlNeXtModule(nn.Module):
                 layers += [operations.Conv2d(wide_in, wide_out, 3, stride=stride, padding=padding, **layer),
                            operations.GroupNorm(STEM_GROUPS, wide_out, **layer), nn.ReLU()]
             self.embedding = nn.Sequential(*layers)
+
         self.down_res = nn.ModuleList(
             ResnetBlock(widths[f"width_{i}"], widths[f"width_{i + 1}"], time,
                         f"down_res.{i}.conv_shortcut.weight" in keys, **factory)
@@ -110,10 +121,10 @@ class ControlNeXtModule(nn.Module):
         )
         self.down_sample = nn.ModuleList(Downsample(widths[f"width_{i + 1}"], **factory) for i in range(stages))
 
-        def conv():
+        def conv() -> nn.Module:
             return operations.Conv2d(last, last, 3, padding=1, **layer)
 
-        def norm():
+        def norm() -> nn.Module:
             return operations.GroupNorm(max(last // CHANNELS_PER_GROUP, 1), last, **layer)
 
         self.mid_residual = self.embedding is not None
@@ -123,7 +134,7 @@ class ControlNeXtModule(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """The parameters' dtype."""
         return self.mid_convs[1].weight.dtype
 
     def peak(self, pixels: int, stem_pool: bool) -> int:
@@ -139,7 +150,7 @@ class ControlNeXtModule(nn.Module):
         return self.down_res[0].conv1.out_channels * pixels // (1 if self.embedding is None else 4)
 
     def image_part(self, image: torch.Tensor, stem_padding: int, stem_pool: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """What depends on the image alone: the stem and the first resnet block up to the timestep.
+        """The part that depends on the image only: the stem and the first resnet block up to the timestep.
 
         Args:
             image: (N, 3, H, W) in [0, 1], RGB, in the compute dtype.
@@ -157,19 +168,22 @@ class ControlNeXtModule(nn.Module):
                 x = layer(x)
         if stem_pool:
             x = F.max_pool2d(x, 2)
+
         return self.down_res[0].before_time(x)
 
     def timestep_part(self, image_part: tuple[torch.Tensor, torch.Tensor], timestep: torch.Tensor,
                       size: tuple[int, int] | None = None) -> torch.Tensor:
-        """Features (N, out, h, w) from ``image_part`` and the UNet's own timestep, (N,) or (1,) for all.
+        """Features (N, out, h, w) from ``image_part`` and the denoiser's own timestep, (N,) or (1,) for all.
 
-        With ``size`` they are pooled to it, before the last convolution: it is 1x1, so the order makes no difference.
+        With ``size`` (H, W) they are pooled to it, before the last convolution: that is 1x1, so the order makes no
+        difference.
         """
         h, residual = image_part
         emb = self.time_embedding(timestep_embedding(timestep, self.frequencies).to(h.dtype))
         x = self.down_sample[0](self.down_res[0].after_time(h, residual, emb))
         for resnet, downsample in zip(list(self.down_res)[1:], list(self.down_sample)[1:], strict=True):
             x = downsample(resnet.after_time(*resnet.before_time(x), emb))
+
         middle = self.mid_convs[0](x)
         x = middle + x if self.mid_residual else middle
         return self.mid_convs[1](x if size is None else pool(x, size))
@@ -179,16 +193,16 @@ class ControlNeXtModule(nn.Module):
         return self.timestep_part(self.image_part(image, stem_padding, stem_pool), timestep)
 
 
-def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, operations=nn,
+def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, operations: Operations = nn,
                scale: float | None = None, **widths: int) -> ControlNeXtModule:
     """A fresh module of a family in float32, initialised as the reference does: every layer as torch has it.
 
     Args:
         family: its layout gives the reference's widths and whether there is a stem.
-        seed: of the weights; torch's own random numbers are left as they were.
+        seed: makes the weights; torch's own random numbers are left as they were.
         zero_convolution: start with a last convolution of zeros, for training without cross normalization.
         operations: where layers come from; they must initialise themselves, as ``torch.nn`` does.
-        scale: of ``ControlNeXtModule``.
+        scale: as ``ControlNeXtModule`` takes it.
         widths: other widths than the reference's: ``out`` (the denoiser's channels at the place of injection),
             ``frequencies``, ``time``, ``stem_0``, ``stem_1``, ``width_0`` ...; above 32 they must be multiples of 32.
 
@@ -198,11 +212,13 @@ def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, op
     reference = WIDTHS[family.layout]
     if unknown := widths.keys() - reference.keys():
         raise ValueError(f"{min(unknown)} is not a width of {family.name}; it has {', '.join(reference)}.")
+
     widths = {**reference, **widths}
     stages = sum(name.startswith("width_") for name in widths) - 1
     keys = ["embedding.0.weight"] if "stem_0" in widths else []
     keys += [f"down_res.{i}.conv_shortcut.weight" for i in range(stages)
              if widths[f"width_{i}"] != widths[f"width_{i + 1}"]]
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = ControlNeXtModule(widths, keys, operations=operations, dtype=torch.float32, scale=scale)

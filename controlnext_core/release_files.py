@@ -1,4 +1,4 @@
-"""The two files of a release, and what ours say of themselves in their metadata."""
+"""The two files of a release, control and UNet weights, with the metadata that this project adds to them."""
 
 from collections.abc import Mapping
 
@@ -7,13 +7,13 @@ import torch
 from .families import Family
 from .layouts import layout_of
 
-# what our files say of themselves: a family's name, the place where control enters, and difference or replace
+# metadata of our files: a family's name, the name of the place where control enters, and difference or replace
 FAMILY_KEY, PLACE_KEY, MODE_KEY = "controlnext.family", "controlnext.place", "controlnext.unet"
-SCALED_LAYOUTS = ("mid", "video_mid")  # whose files always hold the number ``scale``; others do if it is not 1
+SCALED_LAYOUTS = ("mid", "video_mid")  # their files always hold the number ``scale``; others do if it is not 1
 
 
 def with_scale(module: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """A module's state dict with the scale, as a file holds it; one that was trained is there already and stays."""
+    """A module's state dict with the scale, as a file holds it; a trained one is in the state dict and stays."""
     return {"scale": torch.tensor(scale), **module}
 
 
@@ -30,9 +30,11 @@ def reference_files(module: Mapping[str, torch.Tensor], family: Family | None, s
     """
     held = scale != 1 or layout_of(list(module)) in SCALED_LAYOUTS
     tensors = with_scale(module, scale) if held else dict(module)
+
     metadata = {FAMILY_KEY: family.name} if family else {}
     if place:
         metadata[PLACE_KEY] = place
+
     files = {"controlnet.safetensors": (tensors, metadata)}
     if differences:
         files["unet.safetensors"] = (dict(differences), {**metadata, MODE_KEY: "difference"})

@@ -1,4 +1,4 @@
-"""Sizes and batches of control images: what the reference pipelines do, as small rules."""
+"""Small rules for the channels, sizes and parts of control images, as the reference pipelines have them."""
 
 import torch
 

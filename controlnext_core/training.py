@@ -1,7 +1,7 @@
 """Training ControlNeXt: the module, optionally with differences of a few UNet weights, on a frozen denoiser.
 
-A step is: ``draw_rows``, noise the latents (``losses``), run the denoiser with the control (``features``) added,
-``losses.prediction_loss``, ``Training.update``.
+A step: draw samples (``draw_rows``) and noise levels (``losses``), noise the latents, run the denoiser with the control
+(``features``) added, and call ``Training.update`` with the loss (``losses.prediction_loss``).
 """
 
 import copy
@@ -37,32 +37,33 @@ def select_weights(names: Mapping[str, T], pattern: str) -> dict[str, T]:
 
 
 def draw_rows(buckets: Sequence[Sequence[int]], batch_size: int, generator: torch.Generator) -> list[int]:
-    """The samples of one batch: all of one bucket (of one size), drawn by its share of all; none twice."""
+    """Indices of the samples of one batch, none twice: all of one bucket (one size), drawn by its share of all."""
     shares = torch.tensor([float(len(bucket)) for bucket in buckets])
     bucket = buckets[int(torch.multinomial(shares, 1, generator=generator))]
     return [bucket[i] for i in torch.randperm(len(bucket), generator=generator)[:batch_size].tolist()]
 
 
 def drop_captions(rows: int, share: float, generator: torch.Generator) -> list[bool]:
-    """Which rows of a batch get the empty caption; each does with probability ``share``, in [0, 1]."""
+    """For each row of a batch, whether it gets the empty caption: with probability ``share``, in [0, 1]."""
     return (torch.rand(rows, generator=generator) < share).tolist()
 
 
 class Training:
-    """What a training carries from step to step, and can put down and take up again without changing a bit.
+    """The state of a training from step to step, which can be saved and loaded again without changing a bit.
 
     Args:
         module: it becomes trainable, and is trained in place; so is its scale, if it learns one.
         differences: {name: tensor} of UNet differences to go on from, zeros for a start; copied to float32.
-        learning_rate, unet_learning_rate: of AdamW. The weights decay to zero, the differences so to the base weights.
-        scale_learning_rate: of the module's scale, which does not decay.
+        learning_rate, unet_learning_rate: AdamW's, for the module and the differences. Both decay to zero, so the UNet
+            decays to its base weights.
+        scale_learning_rate: AdamW's for the module's scale, which does not decay.
         ema: decay of a moving average of everything that is trained, 0 for none.
-        seed: of ``generator``, from which all random numbers of a training are to be drawn.
+        seed: begins ``generator``, from which all random numbers of a training are to be drawn.
         warmup_steps: first steps, in which the learning rates rise to what they are.
         accumulation: losses whose mean a step goes down.
 
     Attributes:
-        learned: {name: parameter} of the module, in the optimizer's order.
+        learned: {name: parameter} of the module, in the order of the optimizer.
         differences: {name: float32 parameter}.
         step: updates so far.
         losses: one number an update.
@@ -74,14 +75,17 @@ class Training:
         self.module = module.requires_grad_(True)
         self.differences = {name: nn.Parameter(value.detach().float().clone())
                             for name, value in (differences or {}).items()}
+
         layers = dict(module.named_parameters())
         scale = {"scale": layers.pop("scale")} if "scale" in layers else {}
         self.learned = scale | layers
+
         groups = [{"params": list(scale.values()), "lr": scale_learning_rate, "weight_decay": 0.0},
                   {"params": list(layers.values()), "lr": learning_rate},
                   {"params": list(self.differences.values()), "lr": unet_learning_rate}]
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+
         self.warmup_steps, self.accumulation = warmup_steps, accumulation
         self.ema = ema
         self.average = [parameter.detach().clone() for parameter in self.parameters()] if ema else None
@@ -90,11 +94,11 @@ class Training:
         self.losses: list[float] = []
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """All that is trained, in the optimizer's order."""
+        """Everything that is trained, in the order of the optimizer."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def update(self, loss_of_batch: Callable[[], torch.Tensor]) -> float:
-        """One step of the optimizer; returns the mean loss. Whatever ends it early, nothing was changed.
+        """One step of the optimizer; returns the mean loss. If anything ends it early, nothing was changed.
 
         Args:
             loss_of_batch: gives a scalar loss, of another batch at every call.
@@ -115,21 +119,23 @@ class Training:
             self.optimizer.zero_grad()
             self.generator.set_state(before)
             raise
-        value = fmean(values)
+
         nn.utils.clip_grad_norm_(self.parameters(), MAX_GRADIENT_NORM)
         warmth = min(1.0, (self.step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * warmth
+
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters()], 1 - self.ema)
+
         self.step += 1
-        self.losses.append(value)
-        return value
+        self.losses.append(fmean(values))
+        return self.losses[-1]
 
     def weights(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(module state dict, differences) to apply or save: the moving average where there is one. Copies."""
+        """(module state dict, differences) to apply or save, as copies: the moving average where there is one."""
         values = iter([value.detach().clone() for value in self.average or self.parameters()])
         return ({name: next(values) for name in self.learned},
                 {name: next(values) for name in self.differences})
@@ -159,6 +165,7 @@ class Training:
                              f"{len(self.differences)}")
         if (self.average is None) != (state["average"] is None):
             raise ValueError("only one of them keeps a moving average")
+
         self.module.load_state_dict(state["module"])
         with torch.no_grad():
             for name, value in self.differences.items():

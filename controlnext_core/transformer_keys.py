@@ -32,12 +32,21 @@ def _joined(attention: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{attention}.{name}" for name in names)
 
 
+def _under(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {f"{ours}.{layer}": f"{theirs}.{name}" for layer, name in names.items()}
+
+
+def _all_under(ours: str, theirs: str, layers: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    return {f"{ours}.{layer}": _joined(theirs, names) for layer, names in layers.items()}
+
+
 _EMBEDDER = {"in_layer": "linear_1", "out_layer": "linear_2"}
 _FLUX_TOP = {
     "img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
-    **{f"{ours}.{layer}": f"time_text_embed.{theirs}.{name}" for layer, name in _EMBEDDER.items() for ours, theirs in (
-        ("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder"))},
+    **_under("time_in", "time_text_embed.timestep_embedder", _EMBEDDER),
+    **_under("vector_in", "time_text_embed.text_embedder", _EMBEDDER),
+    **_under("guidance_in", "time_text_embed.guidance_embedder", _EMBEDDER),
 }
 _FLUX_DOUBLE = {
     "img_attn.qkv": _joined("attn", _QKV), "img_attn.proj": ("attn.to_out.0",),
@@ -56,6 +65,11 @@ _Z_IMAGE_BLOCK = {
     "attention.qkv": _joined("attention", _QKV), "attention.out": ("attention.to_out.0",),
     "attention.q_norm": ("attention.norm_q",), "attention.k_norm": ("attention.norm_k",),
 }
+_SD3_ATTENTION = {"qkv": _QKV, "proj": ("to_out.0",), "ln_q": ("norm_q",), "ln_k": ("norm_k",)}
+_WAN_ATTENTION = {
+    "q": ("to_q",), "k": ("to_k",), "v": ("to_v",), "o": ("to_out.0",), "norm_q": ("norm_q",), "norm_k": ("norm_k",),
+    "k_img": ("add_k_proj",), "v_img": ("add_v_proj",), "norm_k_img": ("norm_added_k",),
+}
 _FLUX = Names(_FLUX_TOP, {
     "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
     "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
@@ -71,8 +85,7 @@ TRANSFORMERS = {
     }, {"joint_blocks": ("transformer_blocks", {
         "x_block.adaLN_modulation.1": ("norm1.linear",), "x_block.mlp.fc1": ("ff.net.0.proj",),
         "x_block.mlp.fc2": ("ff.net.2",),
-        **{f"x_block.{attention}.{ours}": _joined(attention, theirs) for attention in ("attn", "attn2")
-           for ours, theirs in (("qkv", _QKV), ("proj", ("to_out.0",)), ("ln_q", ("norm_q",)), ("ln_k", ("norm_k",)))},
+        **_all_under("x_block.attn", "attn", _SD3_ATTENTION), **_all_under("x_block.attn2", "attn2", _SD3_ATTENTION),
         "context_block.adaLN_modulation.1": ("norm1_context.linear",),
         "context_block.mlp.fc1": ("ff_context.net.0.proj",), "context_block.mlp.fc2": ("ff_context.net.2",),
         "context_block.attn.qkv": _joined("attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
@@ -99,21 +112,17 @@ TRANSFORMERS = {
         "text_embedding.0": "condition_embedder.text_embedder.linear_1",
         "text_embedding.2": "condition_embedder.text_embedder.linear_2",
         "time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out",
-        **{f"img_emb.proj.{ours}": f"condition_embedder.image_embedder.{theirs}" for ours, theirs in (
-            (0, "norm1"), (1, "ff.net.0.proj"), (3, "ff.net.2"), (4, "norm2"))},
+        **_under("img_emb.proj", "condition_embedder.image_embedder",
+                 {"0": "norm1", "1": "ff.net.0.proj", "3": "ff.net.2", "4": "norm2"}),
     }, {"blocks": ("blocks", {
         "ffn.0": ("ffn.net.0.proj",), "ffn.2": ("ffn.net.2",), "norm3": ("norm2",),
-        **{f"{ours}.{layer}": (f"{theirs}.{name}",)
-           for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-           for layer, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"),
-                               ("norm_k", "norm_k"), ("k_img", "add_k_proj"), ("v_img", "add_v_proj"),
-                               ("norm_k_img", "norm_added_k"))},
+        **_all_under("self_attn", "attn1", _WAN_ATTENTION), **_all_under("cross_attn", "attn2", _WAN_ATTENTION),
     })}),
 }
 
 
 def transformer_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str, tuple[int, int] | None, bool]]:
-    """(diffusers name, ComfyUI's key, (first row, rows) of it or None for all, halves exchanged) of every tensor.
+    """(diffusers name, ComfyUI's key, (first row, rows) or None for all of it, halves exchanged) of every tensor.
 
     One that the table does not name has ComfyUI's own name. A model that is none of TRANSFORMERS gives nothing.
 
@@ -121,11 +130,13 @@ def transformer_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
         shapes: {key: shape} of ComfyUI's model, without ``diffusion_model.``.
     """
     names = next((TRANSFORMERS[base] for base in bases_of(shapes) if base in TRANSFORMERS), None)
+
     for key, shape in shapes.items() if names else ():
         path, _, tensor = key.rpartition(".")
         end = "weight" if tensor == "scale" else tensor  # of norms, in older versions of ComfyUI
         exchanged = path in names.exchanged
         theirs = [f"{names.top.get(path, path)}.{end}"] if path else [names.top.get(key, key)]
+
         if match := re.fullmatch(r"(\w+)\.(\d+)\.(.+)", path):
             ours, block, layer = match.groups()
             their_blocks, layers = names.blocks.get(ours, (ours, {}))
@@ -133,6 +144,7 @@ def transformer_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
             # the text of SD3's last block goes nowhere, so it has no more than a scale and a shift
             exchanged = (layer == "context_block.adaLN_modulation.1"
                          and f"{ours}.{block}.context_block.mlp.fc1.{tensor}" not in shapes)
+
         if len(theirs) == 1:
             yield theirs[0], key, None, exchanged
             continue

@@ -1,4 +1,4 @@
-"""Diffusers names to ComfyUI's, for the UNets of SD1.5, SDXL and SVD (LDM names); of transformers see their own tables.
+"""Diffusers names to ComfyUI's, for the UNets of SD1.5, SDXL and SVD (LDM names); transformers have their own tables.
 
 Inside a layer the names differ by a table; which layer it is follows from where the model's own down- and upsamplers
 stand, so any number of levels and blocks works.
@@ -32,7 +32,7 @@ TIME_POSITION = {"time_pos_embed.0": "time_pos_embed.linear_1", "time_pos_embed.
 
 @dataclass(frozen=True)
 class Target:
-    """Where a diffusers tensor lies in ComfyUI's model.
+    """The place of a diffusers tensor in ComfyUI's model.
 
     Attributes:
         key: ComfyUI's tensor.
@@ -45,7 +45,7 @@ class Target:
     exchanged: bool = False
 
     def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
-        """Of the diffusers tensor, from that of ComfyUI's."""
+        """The shape of the diffusers tensor, from that of ComfyUI's."""
         return tuple(whole) if self.rows is None else (self.rows[1], *whole[1:])
 
     def ordered(self, value: torch.Tensor) -> torch.Tensor:
@@ -57,6 +57,7 @@ class Target:
         value = self.ordered(value)
         if self.rows is None:
             return value
+
         first, rows = self.rows
         return F.pad(value, (0, 0) * (value.ndim - 1) + (first, whole - first - rows))
 
@@ -81,6 +82,7 @@ def diffusers_to_ldm(ldm_keys: Iterable[str]) -> dict[str, str]:
     downsamplers = _blocks(keys, r"input_blocks\.(\d+)\.0\.op\.weight")
     upsamplers = _blocks(keys, r"output_blocks\.(\d+)\.\d\.conv\.weight")
     video = {key.split(".time_stack.")[0] for key in keys if ".time_stack." in key}
+
     names = {}
     for key in keys:
         path, _, tensor = key.rpartition(".")
@@ -118,11 +120,13 @@ def _layer(path: str, downsamplers: list[int], upsamplers: list[int], video: set
         prefix = "mid_block"
     else:
         return None
+
     if layer == 1:
         rest = TIME_POSITION.get(rest) or re.sub(r"^time_stack\.", "temporal_transformer_blocks.", rest)
         return f"{prefix}.attentions.{index}.{rest}"
     if rest == "time_mixer":
         return f"{prefix}.resnets.{index}.time_mixer"
+
     kind = ""
     if rest.startswith("time_stack."):
         kind, rest = "temporal_res_block.", rest.removeprefix("time_stack.")

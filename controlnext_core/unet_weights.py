@@ -1,4 +1,4 @@
-"""The second file of a release, UNet weights: which tensor goes where, difference or replacement, and in which order.
+"""The second file of a release, UNet weights: to which tensors of a model they go, how, and in which order.
 
 A difference file holds W_finetuned - W_base and is added; any other file replaces. No name says which, the values do.
 """
@@ -27,7 +27,7 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class UNetWeights:
-    """What a file holds for one model.
+    """The weights that a file holds for one model.
 
     Attributes:
         tensors: {LDM key of the model: the file's tensor}.
@@ -49,7 +49,7 @@ class Likeness:
     """How a file's tensors compare with the base weights: the medians over a sample of them.
 
     Attributes:
-        cosine: of the angle between them, 1 where both point the same way.
+        cosine: the cosine of the angle between them, 1 where both point the same way.
         size: the file's norm as a share of the base weights'.
     """
 
@@ -136,7 +136,7 @@ def _titles(bases: Iterable[str]) -> str:
 
 
 def _kind_of_unet_file(keys: Iterable[str]) -> str:
-    """What a file is, from its keys, as somebody who looks for UNet weights wants to hear it."""
+    """The kind of a file, told from its keys, as somebody who looks for UNet weights wants to hear it."""
     keys = list(keys)
     if is_control(keys):
         return "a ControlNeXt model (Load ControlNeXt Model takes it)"

@@ -175,8 +175,9 @@ class ControlNeXtTrain(io.ComfyNode):
                                    teacher_vae[0] if teacher_vae else None)
         rows_are_frames = BASES[base_of_model(model_of(model[0]))].frames_in_rows
         samples = Samples(latents, conditioning, images, empty_conditioning[0] if empty_conditioning else None,
-                          model[0].get_model_object("latent_format").spacial_downscale_ratio, rows_are_frames,
-                          images_a_frame(model_of(model[0]).denoiser))
+                          ratio=model[0].get_model_object("latent_format").spacial_downscale_ratio,
+                          rows_are_frames=rows_are_frames,
+                          images_a_frame=images_a_frame(model_of(model[0]).denoiser))
         if samples.videos:  # one a forward: a step's others follow it, and its gradient is the same
             settings.grad_accumulation_steps *= settings.batch_size
             settings.batch_size = 1
@@ -195,9 +196,10 @@ class ControlNeXtTrain(io.ComfyNode):
         shapes = BaseWeights(model).shapes
         names = targets_of(shapes)
         differences = start_differences(model, names, shapes, controlnext, settings)
-        training = Training(control.module, differences, settings.learning_rate, settings.unet_learning_rate,
-                            settings.ema, settings.seed, settings.warmup_steps, settings.grad_accumulation_steps,
-                            settings.scale_learning_rate)
+        training = Training(control.module, differences, learning_rate=settings.learning_rate,
+                            unet_learning_rate=settings.unet_learning_rate, ema=settings.ema, seed=settings.seed,
+                            warmup_steps=settings.warmup_steps, accumulation=settings.grad_accumulation_steps,
+                            scale_learning_rate=settings.scale_learning_rate)
         if state is not None:
             try:
                 training.load_state_dict(state)
@@ -206,8 +208,9 @@ class ControlNeXtTrain(io.ComfyNode):
                                  "trainable, unet_pattern, scale_learning_rate and ema as they were.") from None
         clone = trainable_clone(model, control, {names[name]: value for name, value in training.differences.items()},
                                 DTYPES[settings.training_dtype], settings.gradient_checkpointing)
-        session = Session(clone, control, training, samples, settings.batch_size, settings.caption_dropout,
-                          settings.min_snr_gamma, settings.super_resolution, teacher)
+        session = Session(clone, control, training, samples, batch_size=settings.batch_size,
+                          caption_dropout=settings.caption_dropout, min_snr_gamma=settings.min_snr_gamma,
+                          super_resolution=settings.super_resolution, teacher=teacher)
         cls._loop(clone, session, settings)
         weights, differences = (_to_cpu(tensors) for tensors in training.weights())
         trained = trained_controlnext(with_scale(weights, control.scale), control.family.name,
