@@ -29,12 +29,12 @@ def main() -> None:
     from sampling import cond, sample
 
     pack = harness.Pack()
-    bare = small_unet("svd")
+    bare = small_unet("svd", model_channels=320)  # as wide as the release
     image = torch.rand(arguments.frames, height, width, 3, generator=torch.Generator().manual_seed(0))
     latent = torch.zeros(arguments.frames, 4, height // 8, width // 8)
     controlled = pack.run("ControlNeXtApply", model=bare, controlnext=pack.controlnext("svd"), image=image,
                           strength=1.0, start_percent=0.0, end_percent=1.0)
-    at_once = ways.with_reference_control(bare, controlled)
+    at_once = ways.with_reference_control(pack, bare, controlled)
 
     def instead_of_unet(executor, x, t, *rest, **kwargs):
         """Innermost APPLY_MODEL wrapper: control is added to features of the size that it is added to in the UNet."""

@@ -180,7 +180,7 @@ class Bench:
 
         controlled = self.pack.run("ControlNeXtApply", model=self.bare, controlnext=self.controlnext, image=image,
                                    strength=1.0, start_percent=0.0, end_percent=1.0)
-        reference = ways.with_reference_control(self.bare, controlled)
+        reference = ways.with_reference_control(self.pack, self.bare, controlled)
         made = {ALONE: (self.bare, conds), FIRST: (controlled, conds), SECOND: (controlled, conds),
                 REFERENCE: (reference, conds)}
         if not case.video:  # ComfyUI has none for SVD

@@ -22,8 +22,8 @@ class ReferenceControl:
     """
 
     def __init__(self, control):
-        self.patcher, self.family, self.place = control.patcher, control.family, control.place
-        self.images, self.gains = control.image, control.gains
+        self.patcher, self.family, self.place = control.loaded.patcher, control.resolved.family, control.place
+        self.images, self.gains = control.settings.image.movedim(-1, 1), control.resolved.gains
         self.features = self.gain = None
 
     def prepare(self, executor, x, t, *rest, **kwargs):
@@ -60,10 +60,12 @@ class ReferenceControl:
         return self
 
 
-def with_reference_control(model: ModelPatcher, controlled: ModelPatcher) -> ModelPatcher:
+def with_reference_control(pack: harness.Pack, model: ModelPatcher, controlled: ModelPatcher) -> ModelPatcher:
     """``model`` under the same control as ``controlled`` (of our Apply node), computed as the reference does."""
-    injection = controlled.model_options["transformer_options"]["patches"]["input_block_patch_after_skip"][0]
-    reference = ReferenceControl(injection.controls[0])
+    running = pack.module("nodes.runtime.resolve").model_of(controlled)
+    options = controlled.model_options["transformer_options"]
+    control, = pack.module("nodes.runtime.run").controls_in(running, options).values()
+    reference = ReferenceControl(control)
     model = model.clone()
     model.set_model_patch(reference, "input_block_patch_after_skip")
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "reference", reference.prepare)

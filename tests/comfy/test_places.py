@@ -42,4 +42,5 @@ def test_a_transformer_has_the_tokens_and_every_block_but_the_last(pack, blocks)
 def test_every_base_has_its_classes_of_comfyui_and_no_class_is_of_another(pack):
     places = pack("nodes.runtime.places")
     transformers = [base for row in places.TRANSFORMERS.values() for base in row.bases.values()]
-    assert sorted([*transformers, *places.UNET_BASES.values()]) == sorted(BASES)
+    unets = [base for base, _ in places.UNET_BASES.values()]
+    assert sorted([*transformers, *unets]) == sorted(BASES)
