@@ -197,6 +197,27 @@ def save_edges(photo: Image.Image) -> None:
              DOCS / "ControlNeXtCanny" / "picture.jpg")
 
 
+def save_resizes(photo: Image.Image, comfyui: Path, base: Path) -> None:
+    """The help page's picture of Apply ControlNeXt's ``resize``: a wide control image for a square picture."""
+    import in_process
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from controlnext_core.canny import canny
+    in_process.start_comfyui(comfyui, base)
+    images = in_process.Pack().module("nodes.runtime.images")
+    wide = photo.crop((0, photo.height // 6, photo.width, photo.height - photo.height // 6)).resize((360, 240))
+    edges = Image.fromarray(canny(np.array(wide)))
+    hint = torch.from_numpy(np.array(edges)).float().movedim(-1, 0)[None] / 255
+
+    def square(resize: str) -> Image.Image:
+        made = images.resized(hint, 240, 240, resize)[0].movedim(0, -1)
+        return Image.fromarray((255 * made.clamp(0, 1)).round().byte().numpy())
+    save_row([edges, *map(square, images.RESIZES)], ["the control image", *images.RESIZES],
+             DOCS / "ControlNeXtApply" / "resize.png")
+
+
 def save_poses() -> None:
     """The help pages' pictures of ControlNeXt Align Pose and Draw Pose."""
     reference = person((144, 300), 370)
@@ -226,6 +247,7 @@ def run(options: argparse.Namespace, comfyui: Path) -> None:
     shown = (demo.image_path(base, outputs[node]) for node in ("show_edges", "save"))
     demo.save_side_by_side(file, *shown, README / "demo.jpg")
     save_poses()
+    save_resizes(Image.open(file).convert("RGB"), comfyui, base)
 
 
 if __name__ == "__main__":
