@@ -207,7 +207,9 @@ def save_resizes(photo: Image.Image, comfyui: Path, base: Path) -> None:
     from controlnext_core.canny import canny
     in_process.start_comfyui(comfyui, base)
     images = in_process.Pack().module("nodes.runtime.images")
-    wide = photo.crop((0, photo.height // 6, photo.width, photo.height - photo.height // 6)).resize((360, 240))
+    wide = Image.new("RGB", (480, 240))
+    for left in (0, 240):  # twice, so that crop has something to cut off
+        wide.paste(photo.resize((240, 240)), (left, 0))
     edges = Image.fromarray(canny(np.array(wide)))
     hint = torch.from_numpy(np.array(edges)).float().movedim(-1, 0)[None] / 255
 
