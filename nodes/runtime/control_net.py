@@ -105,7 +105,8 @@ class ControlNeXtControlNet(ControlNet, InRun):
         return Control(settings, resolve(model, settings)).memory(shape, dtype)
 
     def end_run(self) -> None:
-        for net in (self, *self.multigpu_clones.values()):
+        copies = getattr(self, "multigpu_clones", {})  # the oldest ComfyUI samples on one GPU
+        for net in (self, *copies.values()):
             net.asked.controlnext.loaded.end_run()
             net._forget()
 
