@@ -35,7 +35,7 @@ def private_names(file: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     names = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
     names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)
-              and ast.unparse(node.value) not in ("self", "super()", "os")}
+              and ast.unparse(node.value) not in ("self", "super()", "os", "torch")}
     return {name for name in names if name.startswith("_") and not name.startswith("__")}
 
 
