@@ -77,7 +77,7 @@ def unet_calls(model, latent, concat=None, cfg=1.0) -> list[dict]:
 
     def note(module, args, kwargs, output):
         options = kwargs["transformer_options"]
-        features, weights = next(iter(options["controlnext"]["model"].values()))[0]
+        features, weights = next(iter(options["controlnext_ready"].values())).added
         calls.append({"timestep": float(args[1][0]), "features": features[0], "weights": weights, "output": output,
                       "num_video_frames": kwargs.get("num_video_frames"), "cond_or_uncond": options["cond_or_uncond"]})
 
