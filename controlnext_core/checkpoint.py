@@ -112,12 +112,13 @@ def check_floats(tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> None
             dtype = str(value.dtype).removeprefix("torch.")
             raise ValueError(f"{name}: tensor {quoted(key)} holds {dtype} numbers where floating point weights are "
                              f"expected; {ANOTHER}.")
-        if not _is_whole(value):
+        if not is_whole(value):
             raise ValueError(f"{name}: tensor {quoted(key)} does not hold all of its numbers (it is sparse, nested, "
                              f"repeated or a mere shape) where plain weights are expected; {ANOTHER}.")
 
 
-def _is_whole(tensor: torch.Tensor) -> bool:
+def is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor that came from a file holds a number for each of its places."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         return False
     return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()

@@ -5,6 +5,7 @@ A step: draw samples (``draw_rows``) and noise levels (``losses``), noise the la
 """
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
@@ -14,11 +15,14 @@ import torch
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 from torch import nn
 
+from .checkpoint import is_whole
+from .layouts import solve_widths
 from .module import ControlNeXtModule
 from .sentences import quoted
 
 T = TypeVar("T")
 MAX_GRADIENT_NORM = 1.0
+LOWER_RATES = "train with lower learning rates or in float32"
 
 
 def select_weights(names: Mapping[str, T], pattern: str) -> dict[str, T]:
@@ -104,7 +108,7 @@ class Training:
             loss_of_batch: gives a scalar loss, of another batch at every call.
 
         Raises:
-            ValueError: a loss is not a finite number.
+            ValueError: a loss or the norm of the gradients is not a finite number.
         """
         before, values = self.generator.get_state(), []
         try:
@@ -112,15 +116,17 @@ class Training:
                 loss = loss_of_batch()
                 values.append(loss.item())
                 if not math.isfinite(values[-1]):
-                    raise ValueError(f"learning_rate: the loss is {values[-1]} after {self.step} steps; train with "
-                                     f"lower learning rates or in float32.")
+                    raise ValueError(f"learning_rate: the loss is {values[-1]} after {self.step} steps; {LOWER_RATES}.")
                 (loss / self.accumulation).backward()
+            norm = nn.utils.clip_grad_norm_(self.parameters(), MAX_GRADIENT_NORM)
+            if not norm.isfinite():
+                raise ValueError(f"learning_rate: the gradients' norm is {norm.item()} after {self.step} steps; "
+                                 f"{LOWER_RATES}.")
         except BaseException:
             self.optimizer.zero_grad()
             self.generator.set_state(before)
             raise
 
-        nn.utils.clip_grad_norm_(self.parameters(), MAX_GRADIENT_NORM)
         warmth = min(1.0, (self.step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * warmth
@@ -135,25 +141,40 @@ class Training:
         return self.losses[-1]
 
     def weights(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(module state dict, differences) to apply or save, as copies: the moving average where there is one."""
-        values = iter([value.detach().clone() for value in self.average or self.parameters()])
+        """(module state dict, differences) to apply or save, as copies: the moving average where there is one.
+
+        Raises:
+            ValueError: the last step left numbers that are not finite.
+        """
+        trained = [value.detach().clone() for value in self.average or self.parameters()]
+        if not all(value.isfinite().all() for value in trained):
+            raise ValueError(f"learning_rate: what was trained is not finite after {self.step} steps; {LOWER_RATES}.")
+        values = iter(trained)
         return ({name: next(values) for name in self.learned},
                 {name: next(values) for name in self.differences})
 
     def state_dict(self) -> dict:
-        """Everything that the next step depends on, as tensors, numbers, lists and dicts of them; a copy."""
-        return copy.deepcopy({
+        """Everything that the next step depends on, as tensors, numbers, lists and dicts of them; a copy.
+
+        ``STATE`` says what each entry holds, ``digest`` stands for all of them.
+        """
+        state = {
             "module": self.module.state_dict(),
             "differences": {name: value.detach() for name, value in self.differences.items()},
             "optimizer": self.optimizer.state_dict(), "average": self.average,
             "generator": self.generator.get_state(), "step": self.step, "losses": self.losses,
-        })
+        }
+        return copy.deepcopy(state) | {"digest": digest_of(state)}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from ``state_dict`` of a Training of the same module and differences; learning rates stay one's own.
 
+        Args:
+            state: has no ``faulty_entry``.
+
         Raises:
-            ValueError: the state is of another module, other differences or without the moving average; says which.
+            ValueError: the state is of another module, of other differences or of another order of them, or without the
+                moving average; says which.
         """
         shapes = {key: value.shape for key, value in self.module.state_dict().items()}
         if ("scale" in shapes) != ("scale" in state["module"]):
@@ -163,6 +184,8 @@ class Training:
         if self.differences.keys() != state["differences"].keys():
             raise ValueError(f"it trains {len(state['differences'])} UNet weights, this training "
                              f"{len(self.differences)}")
+        if list(self.differences) != list(state["differences"]):
+            raise ValueError("it trains the same UNet weights in another order")
         if (self.average is None) != (state["average"] is None):
             raise ValueError("only one of them keeps a moving average")
 
@@ -172,6 +195,115 @@ class Training:
                 value.copy_(state["differences"][name])
             for value, saved in zip(self.average or [], state["average"] or [], strict=True):
                 value.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+
+        # the optimizer changes what it is given in place
+        moments = {index: _copies(of_one) for index, of_one in state["optimizer"]["state"].items()}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.generator.set_state(state["generator"])
         self.step, self.losses = state["step"], list(state["losses"])
+
+
+def faulty_entry(state: Mapping) -> str | None:
+    """The first entry that is missing in a state or not as ``Training.state_dict`` gives it; None where all are whole.
+
+    Anything may have been read from a file. Whether a state that is whole fits a Training, ``load_state_dict`` says.
+    """
+    faulty = next((name for name, is_right in STATE.items() if name not in state or not is_right(state)), None)
+    if faulty is None and "digest" in state and state["digest"] != digest_of(state):  # older states have none
+        return "digest"
+    return faulty
+
+
+def digest_of(state: Mapping) -> str:
+    """The digest of the names and numbers in a state that is whole; settings, as the optimizer's, do not count."""
+    moments = state["optimizer"]["state"]
+    names = [list(state["module"]), list(state["differences"]), list(moments)]
+    tensors = [*state["module"].values(), *state["differences"].values(), *(state["average"] or ()),
+               *(tensor for of_one in moments.values() for tensor in of_one.values()), state["generator"]]
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+
+    digest = hashlib.blake2b(repr((names, shapes, state["step"], state["losses"])).encode(), digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def _is_module(state: Mapping) -> bool:
+    if not _are_named(state["module"]):
+        return False
+    try:
+        solve_widths({key: tuple(value.shape) for key, value in state["module"].items()})
+    except ValueError:
+        return False
+    return True
+
+
+def _are_losses(state: Mapping) -> bool:
+    losses = state["losses"]
+    return (isinstance(losses, list) and len(losses) == state["step"]
+            and all(isinstance(loss, float) and math.isfinite(loss) for loss in losses))
+
+
+def _is_average(state: Mapping) -> bool:
+    average, shapes = state["average"], _shapes_of(state)
+    return average is None or (isinstance(average, list) and len(average) == len(shapes)
+                               and all(map(_is_finite, average, shapes)))
+
+
+def _is_optimizer(state: Mapping) -> bool:
+    """A parameter that no step has reached has no entry."""
+    moments = isinstance(state["optimizer"], dict) and state["optimizer"].get("state")
+    shapes = dict(enumerate(_shapes_of(state)))
+    return isinstance(moments, dict) and moments.keys() <= shapes.keys() and all(
+        _are_moments(of_one, shapes[index], state["step"]) for index, of_one in moments.items())
+
+
+def _are_moments(moments: object, shape: tuple, steps: int) -> bool:
+    """Whether this is what AdamW keeps of a parameter of this shape after so many steps at most."""
+    shapes = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    if not isinstance(moments, dict) or moments.keys() != shapes.keys():
+        return False
+    if not all(_is_finite(moments[name], shapes[name]) for name in shapes):
+        return False
+    return bool(0 <= moments["step"] <= steps and (moments["exp_avg_sq"] >= 0).all())
+
+
+def _is_generator(state: Mapping) -> bool:
+    try:
+        torch.Generator().set_state(state["generator"])
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _shapes_of(state: Mapping) -> list[tuple]:
+    """The shapes of all that is trained, in the optimizer's order."""
+    return [tuple(value.shape) for value in (*state["module"].values(), *state["differences"].values())]
+
+
+def _are_named(tensors: object) -> bool:
+    return isinstance(tensors, dict) and all(isinstance(key, str) and _is_finite(value)
+                                             for key, value in tensors.items())
+
+
+def _is_finite(value: object, shape: tuple | None = None) -> bool:
+    """Whether this is a float32 tensor, of this shape if one is given, whose numbers are all there and finite."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or not is_whole(value):
+        return False
+    return shape in (None, tuple(value.shape)) and bool(value.isfinite().all())
+
+
+# the entries of a state, each looked at when those before it are known to be right
+STATE: dict[str, Callable[[Mapping], bool]] = {
+    "module": _is_module,
+    "differences": lambda state: _are_named(state["differences"]),
+    "step": lambda state: type(state["step"]) is int and state["step"] >= 0,
+    "losses": _are_losses,
+    "average": _is_average,
+    "optimizer": _is_optimizer,
+    "generator": _is_generator,
+}

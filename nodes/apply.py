@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from .inputs import (
     apply_to_input,
+    checked_inputs,
     inject_at_input,
     inputs_over_time,
     mask_input,
@@ -58,6 +59,10 @@ class ControlNeXtApply(io.ComfyNode):
                 end_percent: float, mask: torch.Tensor | None = None, inject_at: str = "auto",
                 apply_to: str = "auto", window_reference: str = "auto", strength_curve=None,
                 strength_keyframes=None, resize: str = "auto") -> io.NodeOutput:
+        checked = checked_inputs(
+            cls, strength=strength, start_percent=start_percent, end_percent=end_percent, inject_at=inject_at,
+            apply_to=apply_to, window_reference=window_reference, resize=resize)
+        strength, start_percent, end_percent, inject_at, apply_to, window_reference, resize = checked.values()
         if start_percent >= end_percent:
             raise ValueError(f"start_percent: {start_percent:g} is not before end_percent {end_percent:g}; set "
                              f"start_percent below end_percent.")

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..controlnext_core.canny import canny
 from ..controlnext_core.sizes import as_rgb
+from .inputs import checked_inputs
 from .runtime.images import checked_image
 
 
@@ -33,6 +34,8 @@ class ControlNeXtCanny(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: torch.Tensor, threshold: str, low_threshold: int, high_threshold: int) -> io.NodeOutput:
+        checked = checked_inputs(cls, threshold=threshold, low_threshold=low_threshold, high_threshold=high_threshold)
+        threshold, low_threshold, high_threshold = checked.values()
         if not torch.isfinite(checked_image(image)).all():
             raise ValueError("image: the picture holds NaN or infinite values; check the node that made it.")
         thresholds = None if threshold == "auto" else (low_threshold, high_threshold)

@@ -1,7 +1,11 @@
-"""Inputs that several nodes have."""
+"""Inputs that several nodes have, and the check of what comes to them over links."""
 
+from textwrap import shorten
+
+import numpy as np
 from comfy_api.latest import io
 
+from ..controlnext_core.sentences import quoted
 from .runtime.images import RESIZES
 from .runtime.places import PLACES
 from .runtime.strength_over_time import CurveInput
@@ -9,6 +13,7 @@ from .runtime.strength_over_time import CurveInput
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
 WHERE = ("Where control enters the UNet, or the tokens of a transformer such as SD3: at once or after a block. auto is "
          "where the model was trained to enter.")
+LONGEST_LIST = 250  # characters of the choices in a sentence
 
 
 def inject_at_input(tooltip: str = WHERE) -> io.Input:
@@ -60,3 +65,57 @@ def resize_input(auto: str) -> io.Input:
         "resize", options=["auto", *RESIZES], default="auto", optional=True, advanced=True,
         tooltip="How a control image of another size becomes as large as the picture: stretch fills it, crop fills it "
                 f"with the middle of the image, pad puts the whole image on black. {auto}.")
+
+
+def checked_inputs(cls, **values) -> dict:
+    """These values of a node's inputs, numbers, choices, switches and texts as the types that they are to be.
+
+    ComfyUI looks at what is set on a node, but not at what comes over a link. Other inputs than these pass as they are.
+
+    Args:
+        cls: the node; its schema has the ranges and the choices.
+        values: by the inputs' names; of a node that takes lists, one of each.
+
+    Raises:
+        ValueError: a value is of another type, not finite, out of its range or none of the choices; names the input.
+    """
+    inputs = {one.id: one for one in cls.define_schema().inputs}
+    return {name: _checked(inputs[name], value) for name, value in values.items()}
+
+
+def _checked(entry: io.Input, value):
+    value = value.item() if isinstance(value, np.generic) else value
+    match type(entry):
+        case io.Int.Input:
+            kind, expected = int, f"a whole number from {entry.min} to {entry.max}"
+            fits = _is_between(value, entry.min, entry.max) and value == int(value)
+        case io.Float.Input:
+            kind, expected = float, f"a number from {entry.min} to {entry.max}"
+            fits = _is_between(value, entry.min, entry.max)
+        case io.Boolean.Input:
+            kind, expected = bool, "true or false"
+            fits = _is_between(value, 0, 1) and value == int(value)
+        case io.Combo.Input:
+            kind, expected = str, f"one of {shorten(', '.join(map(quoted, entry.options)), LONGEST_LIST)}"
+            fits = isinstance(value, str) and value in entry.options
+        case io.String.Input:
+            kind, expected = str, "a text"
+            fits = isinstance(value, str)
+        case _:
+            return value
+    if not fits:
+        raise ValueError(f"{entry.id}: {_shown(value)} came in where {expected} is expected; change it, or what is "
+                         "linked to it.")
+    return kind(value)
+
+
+def _is_between(value: object, low: float, high: float) -> bool:
+    """Whether it is a number of this range, both ends included; NaN is of none."""
+    return isinstance(value, (int, float)) and low <= value <= high
+
+
+def _shown(value: object) -> str:
+    """A value as a sentence names it: short numbers and texts themselves, anything else by its type."""
+    if isinstance(value, (str, float)) or isinstance(value, int) and value.bit_length() <= 64:
+        return quoted(repr(value))
+    return f"a value of type {type(value).__name__}"

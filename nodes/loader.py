@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..controlnext_core.bases import BASES, either
 from ..controlnext_core.families import FAMILIES, families_of
+from .inputs import checked_inputs
 from .preview import show_text
 from .runtime.files import fingerprint_listed, list_files
 from .runtime.loaded import FOLDERS, ControlNeXt, ControlNeXtType, load_controlnext
@@ -35,6 +36,7 @@ class ControlNeXtLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, controlnext_name: str, variant: str) -> io.NodeOutput:
+        variant, = checked_inputs(cls, variant=variant).values()
         controlnext = load_controlnext(controlnext_name, variant)
         return io.NodeOutput(controlnext, ui=show_text(cls, _describe(controlnext)))
 

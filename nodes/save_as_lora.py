@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..controlnext_core.unet_weights import lora_key, low_rank
+from .inputs import checked_inputs
 from .preview import show_text
 from .runtime.base_weights import FOLDERS, MODES, BaseWeights, choose_mode, load_unet_weights, remarks
 from .runtime.files import fingerprint_listed, list_files, unshared, write_whole
@@ -50,6 +51,7 @@ class ControlNeXtSaveAsLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str, model, filename_prefix: str, rank: int, mode: str = "auto") -> io.NodeOutput:
+        rank, mode = checked_inputs(cls, rank=rank, mode=mode).values()
         base = BaseWeights(model)
         weights = load_unet_weights(unet_name, base)
         mode, why = choose_mode(mode, unet_name, weights, base)

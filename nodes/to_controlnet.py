@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from .inputs import (
     apply_to_input,
+    checked_inputs,
     inject_at_input,
     inputs_over_time,
     mask_input,
@@ -46,6 +47,9 @@ class ControlNeXtToControlNet(io.ComfyNode):
     def execute(cls, controlnext: ControlNeXt, inject_at: str = "auto", apply_to: str = "auto",
                 mask: torch.Tensor | None = None, window_reference: str = "auto", strength_curve=None,
                 strength_keyframes=None, resize: str = "auto") -> io.NodeOutput:
+        checked = checked_inputs(cls, inject_at=inject_at, apply_to=apply_to, window_reference=window_reference,
+                                 resize=resize)
+        inject_at, apply_to, window_reference, resize = checked.values()
         asked = Settings(
             controlnext=controlnext, mask=None if mask is None else checked_mask(mask), curve=strength_curve,
             keyframes=strength_keyframes, inject_at=inject_at, apply_to=apply_to, window_reference=window_reference,

@@ -1,6 +1,5 @@
 """Train ControlNeXt."""
 
-import os
 from statistics import mean
 from types import SimpleNamespace
 
@@ -8,30 +7,30 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.utils
-import folder_paths
 import torch
 from comfy_api.latest import io
 from tqdm.auto import tqdm
 
 from ..controlnext_core.bases import BASES
 from ..controlnext_core.release_files import with_scale
+from ..controlnext_core.sentences import quoted
 from ..controlnext_core.training import Training
 from ..controlnext_core.unet_keys import targets_of
 from ..controlnext_core.unet_weights import match_weights
-from .inputs import inject_at_input
+from .inputs import checked_inputs, inject_at_input
 from .preview import node_id, show_text
 from .runtime.base_weights import BaseWeights, add_unet_weights
-from .runtime.files import fingerprint, write_whole
+from .runtime.files import fingerprint
 from .runtime.loaded import ControlNeXt, ControlNeXtType, trained_controlnext
 from .runtime.messages import send_text
 from .runtime.places import images_a_frame
 from .runtime.resolve import base_of_model, model_of
 from .training.data import Samples
+from .training.kept import ENDING, FOLDER, free_path, list_kept, name_of, path_of, read_kept, write_kept
 from .training.session import Session, trainable_clone
 from .training.start import WITH_UNET, start_control, start_differences
 from .training.teacher import Teacher
 
-FOLDER = "controlnext_training"  # in the output folder
 NONE = "none"
 TEXTS, MEAN_OF = 1000, 50  # texts in a training; losses in the mean that they tell
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -89,7 +88,7 @@ class ControlNeXtTrain(io.ComfyNode):
                 ControlNeXtType.Input("controlnext", optional=True,
                                       tooltip="Train this one further, its own UNet weights included, with a new "
                                               "optimizer. Without it, a new one is trained."),
-                io.Combo.Input("resume_from", options=[NONE, *_states()], default=NONE, optional=True,
+                io.Combo.Input("resume_from", options=[NONE, *list_kept()], default=NONE, optional=True,
                                tooltip="Go on with a training that was interrupted or kept, as if it had never "
                                        "stopped. Press R to see new files."),
                 io.Conditioning.Input("empty_conditioning", optional=True,
@@ -154,7 +153,7 @@ class ControlNeXtTrain(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, resume_from=(NONE,), **_) -> str | None:
         name = resume_from[0]  # None where it comes over a link
-        return None if name in (NONE, None) else fingerprint(os.path.join(_folder(), name))
+        return None if name in (NONE, None) else fingerprint(path_of(name))
 
     @classmethod
     def execute(cls, model, latents, conditioning, images, controlnext=None, empty_conditioning=None, teacher=None,
@@ -162,7 +161,9 @@ class ControlNeXtTrain(io.ComfyNode):
         optional = {"resume_from": NONE, "caption_dropout": 0.0, "ema": 0.0, "unet_pattern": "", "min_snr_gamma": 0.0,
                     "warmup_steps": 0, "grad_accumulation_steps": 1, "inject_at": "auto", "super_resolution": False,
                     "teacher_strength": 1.0, "teacher_share": 1.0, "scale_learning_rate": 1e-3}
-        settings = SimpleNamespace(**optional | {name: value[0] for name, value in settings.items()})
+        model = _first("model", model)
+        given = checked_inputs(cls, **{name: _first(name, values) for name, values in settings.items()})
+        settings = SimpleNamespace(**optional | given)
         if settings.caption_dropout and not empty_conditioning:
             raise ValueError("caption_dropout: there is no empty caption to put in place of others; connect an encoded "
                              "empty prompt to empty_conditioning or set caption_dropout to 0.")
@@ -173,29 +174,31 @@ class ControlNeXtTrain(io.ComfyNode):
         if teacher and settings.teacher_share:
             learned_from = Teacher(teacher[0], settings.teacher_strength, settings.teacher_share,
                                    teacher_vae[0] if teacher_vae else None)
-        rows_are_frames = BASES[base_of_model(model_of(model[0]))].frames_in_rows
+        rows_are_frames = BASES[base_of_model(model_of(model))].frames_in_rows
+        latent_format = model.get_model_object("latent_format")
         samples = Samples(latents, conditioning, images, empty_conditioning[0] if empty_conditioning else None,
-                          ratio=model[0].get_model_object("latent_format").spacial_downscale_ratio,
-                          rows_are_frames=rows_are_frames,
-                          images_a_frame=images_a_frame(model_of(model[0]).denoiser))
+                          ratio=latent_format.spacial_downscale_ratio, rows_are_frames=rows_are_frames,
+                          images_a_frame=images_a_frame(model_of(model).denoiser),
+                          channels=latent_format.latent_channels)
         if samples.videos:  # one a forward: a step's others follow it, and its gradient is the same
             settings.grad_accumulation_steps *= settings.batch_size
             settings.batch_size = 1
         with torch.inference_mode(False), torch.enable_grad():
-            return cls._train(model[0], controlnext[0] if controlnext else None, samples, learned_from, settings)
+            return cls._train(model, controlnext[0] if controlnext else None, samples, learned_from, settings)
 
     @classmethod
     def _train(cls, model, controlnext: ControlNeXt | None, samples: Samples, teacher: Teacher | None,
                settings) -> io.NodeOutput:
-        state = None
+        state, goes_on_from = None, "controlnext"
         if settings.resume_from != NONE:
-            state = torch.load(os.path.join(_folder(), settings.resume_from), "cpu", weights_only=True)
+            state, goes_on_from = read_kept(settings.resume_from), "resume_from"
             controlnext = trained_controlnext(with_scale(state["module"], state["scale"]), state["family"],
                                               settings.resume_from, state["differences"], state.get("place"))
-        control = start_control(model, controlnext, settings.seed, settings.inject_at, settings.scale_learning_rate > 0)
+        control = start_control(model, controlnext, settings.seed, settings.inject_at, settings.scale_learning_rate > 0,
+                                goes_on_from)
         shapes = BaseWeights(model).shapes
         names = targets_of(shapes)
-        differences = start_differences(model, names, shapes, controlnext, settings)
+        differences = start_differences(model, names, shapes, controlnext, settings, goes_on_from)
         training = Training(control.module, differences, learning_rate=settings.learning_rate,
                             unet_learning_rate=settings.unet_learning_rate, ema=settings.ema, seed=settings.seed,
                             warmup_steps=settings.warmup_steps, accumulation=settings.grad_accumulation_steps,
@@ -204,8 +207,9 @@ class ControlNeXtTrain(io.ComfyNode):
             try:
                 training.load_state_dict(state)
             except ValueError as error:
-                raise ValueError(f"resume_from: {settings.resume_from} was trained with other settings: {error}; set "
-                                 "trainable, unet_pattern, scale_learning_rate and ema as they were.") from None
+                raise ValueError(f"resume_from: {quoted(settings.resume_from)} was trained with other settings: "
+                                 f"{error}; set trainable, unet_pattern, scale_learning_rate and ema as they "
+                                 "were.") from None
         clone = trainable_clone(model, control, {names[name]: value for name, value in training.differences.items()},
                                 DTYPES[settings.training_dtype], settings.gradient_checkpointing)
         session = Session(clone, control, training, samples, batch_size=settings.batch_size,
@@ -224,19 +228,16 @@ class ControlNeXtTrain(io.ComfyNode):
     def _loop(cls, clone, session: Session, settings) -> None:
         """Train to the last step. Whatever ends it early, what was trained is kept first."""
         training, control, steps = session.training, session.control, settings.steps
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(settings.filename_prefix, _folder())
+        first_part = free_path(settings.filename_prefix)
 
         def keep() -> str:
             """Keep the training, or say why not: the end of a sentence."""
-            path = os.path.join(folder, f"{name}_{counter:05}_step_{training.step}.pt")
+            path = f"{first_part}_step_{training.step}{ENDING}"
             try:
-                with write_whole(path) as part, open(part, "wb") as file:
-                    torch.save({**training.state_dict(), "family": control.family.name, "scale": control.scale,
-                                "place": control.place_name}, file)
+                write_kept(path, training, control)
             except ValueError as error:
                 return f"not kept; {error}"
-            return (f"kept in output/{FOLDER}; to go on, press R and choose {os.path.relpath(path, _folder())} in "
-                    "resume_from.")
+            return f"kept in output/{FOLDER}; to go on, press R and choose {name_of(path)} in resume_from."
 
         first, progress, kept = training.step, comfy.utils.ProgressBar(steps), ""
         try:
@@ -271,14 +272,11 @@ class ControlNeXtTrain(io.ComfyNode):
                 comfy.model_patcher.wipe_lowvram_weight(layer)
 
 
-def _folder() -> str:
-    return os.path.join(folder_paths.get_output_directory(), FOLDER)
-
-
-def _states() -> list[str]:
-    """The kept trainings, as names below their folder."""
-    return sorted(os.path.relpath(os.path.join(folder, file), _folder())
-                  for folder, _, files in os.walk(_folder()) for file in files if file.endswith(".pt"))
+def _first(name: str, values: list):
+    """The value of an input that is no list for this node. ValueError: a node gave an empty list."""
+    if not values:
+        raise ValueError(f"{name}: an empty list came in where one is expected; change what is linked to it.")
+    return values[0]
 
 
 def _to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .inputs import checked_inputs
 from .preview import show_text
 from .runtime.base_weights import (
     FOLDERS,
@@ -49,6 +50,7 @@ class ControlNeXtUNetLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, unet_name: str, strength: float, mode: str) -> io.NodeOutput:
+        strength, mode = checked_inputs(cls, strength=strength, mode=mode).values()
         if strength == 0.0:
             return io.NodeOutput(model)
         base = BaseWeights(model)

@@ -5,7 +5,9 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
+from ...controlnext_core.sentences import quoted
 from ...controlnext_core.sizes import as_rgb
+from ..runtime.images import checked_image
 
 
 class Samples:
@@ -25,21 +27,23 @@ class Samples:
         rows_are_frames: each LATENT is a video, a frame a row; otherwise a row is a sample.
         images_a_frame: control images that a latent frame of a video stands for, the first one of all for one; 1 for
             a MODEL of pictures alone.
+        channels: the number that the MODEL's latents have; None takes any.
 
     Attributes:
         videos: there are videos among the samples.
 
     Raises:
-        ValueError: their numbers or sizes do not match; one sentence that names the input.
+        ValueError: their numbers or sizes do not match, or one of them is none or not finite; one sentence that names
+            the input.
     """
 
     def __init__(self, latents: list[dict], conditioning: list, images: list[torch.Tensor], empty: list | None,
-                 ratio: int, rows_are_frames: bool = False, images_a_frame: int = 1):
+                 ratio: int, rows_are_frames: bool = False, images_a_frame: int = 1, channels: int | None = None):
         batches = [latent["samples"] for latent in latents]
-        for batch in batches:  # some VAEs see a picture as a short video
-            if batch.ndim != 4 and (batch.ndim != 5 or batch.shape[2] > 1 and images_a_frame == 1):
-                raise ValueError("latents: latents of pictures are needed, with 4 dimensions or one frame, but these "
-                                 f"are {list(batch.shape)}; connect Make Training Dataset or VAE Encode.")
+        for batch in batches:
+            _check_latent(batch, images_a_frame, channels)
+        for image in images:
+            _check_finite("images", "a control image", checked_image(image, "images"))
         self.images_a_frame = images_a_frame
         self.latents = batches if rows_are_frames else [one for batch in batches for one in batch.split(1)]
         self.videos = rows_are_frames or any(_size(latent)[0] > 1 for latent in self.latents)
@@ -50,6 +54,8 @@ class Samples:
         self.empty = empty
         self.ratio = ratio
         count = len(self.latents)
+        if not count:
+            raise ValueError("latents: there are none; connect Make Training Dataset or VAE Encode.")
         if len(self.images) != count:
             what, each = ("control images", "control image for each picture")
             if self.videos:
@@ -59,6 +65,12 @@ class Samples:
         if len(self.captions) not in (1, count):
             raise ValueError(f"conditioning: there are {len(self.captions)} captions for {count} latents; connect one "
                              f"for each {'video' if self.videos else 'picture or LATENT'}, or one for all.")
+        for caption in self.captions:
+            _check_caption("conditioning", caption)
+        if empty is not None:
+            if not empty:
+                raise ValueError("empty_conditioning: it holds no caption; connect an encoded empty prompt.")
+            _check_caption("empty_conditioning", empty[0])
         order = [row for bucket in self.buckets() for row in bucket]
         self.captions = [self.captions[row % len(self.captions)] for row in order]
         self.images = [self.images[row] for bucket in _alike([self._latent_size(one) for one in self.images])
@@ -120,6 +132,34 @@ class Samples:
                                  "take at once; set batch_size to 1 or make all captions short.")
         return {name: value.to(device) if torch.is_tensor(value) else value
                 for name, value in comfy.samplers.cond_cat(conds).items()}
+
+
+def _check_latent(batch: torch.Tensor, images_a_frame: int, channels: int | None) -> None:
+    # some VAEs see a picture as a short video
+    if batch.ndim != 4 and (batch.ndim != 5 or batch.shape[2] > 1 and images_a_frame == 1):
+        raise ValueError("latents: latents of pictures are needed, with 4 dimensions or one frame, but these are "
+                         f"{quoted(list(batch.shape))}; connect Make Training Dataset or VAE Encode.")
+    if 0 in batch.shape:
+        raise ValueError(f"latents: a LATENT is {list(batch.shape)}, so there is no picture in it; check the node that "
+                         "made it.")
+    if channels not in (None, batch.shape[1]):
+        raise ValueError(f"latents: a LATENT has {batch.shape[1]} channels where those of the connected MODEL have "
+                         f"{channels}; encode the pictures with the VAE that belongs to the MODEL.")
+    _check_finite("latents", "a LATENT", batch)
+
+
+def _check_caption(name: str, entry: list) -> None:
+    """Check one entry of a CONDITIONING: the encoded text and the tensors beside it."""
+    for tensor in (entry[0], *filter(torch.is_tensor, entry[1].values())):
+        if not tensor.numel():
+            raise ValueError(f"{name}: a caption is {list(tensor.shape)}, so there is nothing in it; check the node "
+                             "that made it.")
+        _check_finite(name, "a caption", tensor)
+
+
+def _check_finite(name: str, what: str, tensor: torch.Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name}: {what} holds NaN or infinite values; check the node that made it.")
 
 
 def _size(latent: torch.Tensor) -> tuple[int, int, int]:

@@ -246,7 +246,7 @@ class Session:
         if not self.super_resolution:
             return images
         height, width = images.shape[-2:]
-        pixels = (255 * images.movedim(1, -1)).round().byte().contiguous().numpy()
+        pixels = (255 * images.movedim(1, -1)).round().clamp(0, 255).byte().contiguous().numpy()
         small = [torch.from_numpy(degraded(picture, generator))[None].movedim(-1, 1) / 255 for picture in pixels]
         return torch.cat([comfy.utils.common_upscale(one, width, height, RESIZING, "disabled") for one in small])
 

@@ -21,8 +21,11 @@ CLEAR = "clear it to train those that the reference trains"
 
 
 def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "auto",
-                  learns_scale: bool = False) -> TrainingControl:
+                  learns_scale: bool = False, input_name: str = "controlnext") -> TrainingControl:
     """The control to train: a new one for this MODEL, or a copy of the one to go on from.
+
+    Args:
+        input_name: the input that gave ``controlnext``.
 
     Raises:
         ValueError: a MODEL that cannot be trained on, or a CONTROLNEXT for another one.
@@ -45,7 +48,7 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
         state_dict = {key: value.float() for key, value in found.state_dict.items()}
         scale = found.scale
         if found.module.out_channels != place.channels:
-            raise ValueError(f"controlnext: {quoted(controlnext.name)} gives {found.module.out_channels} channels "
+            raise ValueError(f"{input_name}: {quoted(controlnext.name)} gives {found.module.out_channels} channels "
                              f"where the connected MODEL takes {place.channels} at {inject_at}; connect the MODEL that "
                              "it is for, or train a new one.")
     widths = solve_widths({key: value.shape for key, value in state_dict.items()})
@@ -56,8 +59,16 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
 
 
 def start_differences(model, names: dict[str, Target], shapes: dict[str, tuple], controlnext: ControlNeXt | None,
-                      settings) -> dict[str, torch.Tensor]:
-    """{diffusers name: difference to start from} of the UNet weights to train. ValueError: the pattern fits none."""
+                      settings, input_name: str = "controlnext") -> dict[str, torch.Tensor]:
+    """{diffusers name: difference to start from} of the UNet weights to train.
+
+    Args:
+        names, shapes: the MODEL's weights by their diffusers names, and their shapes by ComfyUI's names.
+        input_name: the input that gave ``controlnext``.
+
+    Raises:
+        ValueError: the pattern fits none, or those of ``controlnext`` are of another MODEL.
+    """
     found = {}
     if settings.trainable == WITH_UNET:
         pattern = settings.unet_pattern or BASES[base_of_model(model_of(model))].unet_pattern
@@ -71,8 +82,13 @@ def start_differences(model, names: dict[str, Target], shapes: dict[str, tuple],
         found = {name: torch.zeros(target.shape(shapes[target.key])) for name, target in selected.items()}
     given = controlnext.unet_differences if controlnext else {}
     if foreign := given.keys() - names.keys():
-        raise ValueError(f"controlnext: {quoted(controlnext.name)} was trained with UNet weights that the connected "
+        raise ValueError(f"{input_name}: {quoted(controlnext.name)} was trained with UNet weights that the connected "
                          f"MODEL lacks ({quoted(min(foreign))}); connect the MODEL that it is for.")
+    expected = {name: names[name].shape(shapes[names[name].key]) for name in given}
+    if wrong := [name for name, value in given.items() if tuple(value.shape) != expected[name]]:
+        raise ValueError(f"{input_name}: {quoted(controlnext.name)} was trained with {quoted(wrong[0])} of shape "
+                         f"{quoted(list(given[wrong[0]].shape))} where the connected MODEL has "
+                         f"{list(expected[wrong[0]])}; connect the MODEL that it is for.")
     found |= given
     weights = dict(model.model.diffusion_model.named_parameters())
     if any(not weights[names[name].key].is_floating_point() for name in found if names[name].key in weights):

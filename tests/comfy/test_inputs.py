@@ -125,3 +125,35 @@ def test_pad_puts_the_whole_image_on_black(pack, size):
     assert int(inner.any(1).sum()) == max(1, round(size[0] * share))
     assert int(inner.any(0).sum()) == max(1, round(size[1] * share))
     assert not padded[0, 0][~inner].any()
+
+
+NUMBERS = {"nan": float("nan"), "infinite": float("inf"), "beyond the range": 11.0, "below the range": -0.5, "a text": "1",
+           "nothing": None}
+
+
+@pytest.mark.parametrize("value", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("name", ["strength", "start_percent", "end_percent"])
+def test_a_number_over_a_link_that_is_none_of_the_range_is_one_sentence_that_names_the_input(apply, controlnexts, unet,
+                                                                                           name, value):
+    with pytest.raises(ValueError, match=f"^{name}: ") as caught:
+        apply(unet, controlnexts["sd15"], picture(), **{name: value})
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["inject_at", "apply_to", "window_reference", "resize"])
+def test_a_choice_over_a_link_that_is_none_is_the_sentence_that_lists_the_choices(run, apply, controlnexts, unet, name):
+    for attempt in (lambda: apply(unet, controlnexts["sd15"], picture(), **{name: ""}),
+                    lambda: run("ControlNeXtToControlNet", controlnext=controlnexts["sd15"], **{name: ""})):
+        with pytest.raises(ValueError, match=f"^{name}: .*auto"):
+            attempt()
+
+
+@pytest.mark.parametrize("node, values", [
+    ("ControlNeXtCanny", dict(image=picture(), threshold="x", low_threshold=1, high_threshold=2)),
+    ("ControlNeXtCanny", dict(image=picture(), threshold="manual", low_threshold=float("nan"), high_threshold=2)),
+    ("ControlNeXtLoader", dict(controlnext_name="sd15.safetensors", variant="sd16")),
+    ("ControlNeXtUNetLoader", dict(model=None, unet_name="unet.safetensors", strength=float("inf"), mode="auto")),
+    ("ControlNeXtSaveAsLoRA", dict(model=None, unet_name="unet.safetensors", filename_prefix="x", rank=-1))])
+def test_the_other_nodes_name_their_input_too(run, controlnexts, node, values):
+    with pytest.raises(ValueError, match="^(threshold|low_threshold|variant|strength|rank): "):
+        run(node, **values)

@@ -11,7 +11,7 @@ from controlnext_core.families import FAMILIES
 from controlnext_core.features import add_features, control_features
 from controlnext_core.losses import prediction_loss
 from controlnext_core.module import new_module
-from controlnext_core.training import Training, draw_rows, drop_captions, select_weights
+from controlnext_core.training import STATE, Training, draw_rows, drop_captions, faulty_entry, select_weights
 
 SMALL = dict(frequencies=8, time=16, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32, out=12)
 
@@ -186,6 +186,10 @@ def test_a_state_of_another_training_is_refused():
         small_training(ema=0.9).load_state_dict(state)
     with pytest.raises(ValueError, match="0 UNet weights"):
         small_training().load_state_dict({**state, "differences": {}})
+    two = {name: torch.zeros(3) for name in ("one", "other")}
+    with pytest.raises(ValueError, match="the same UNet weights in another order"):
+        Training(new_module(FAMILIES["sdxl"], 3, **SMALL), dict(reversed(two.items()))).load_state_dict(
+            Training(new_module(FAMILIES["sdxl"], 3, **SMALL), two).state_dict())
     with pytest.raises(ValueError, match="only one of them trains the scale"):
         small_training(scale=1.0).load_state_dict(state)
 
@@ -197,3 +201,67 @@ def test_a_loss_that_is_not_a_number_changes_nothing():
         training.update(lambda: sum(value.sum() for value in training.parameters()) * float("nan"))
     assert all(torch.equal(value, before["module"][key]) for key, value in training.module.state_dict().items())
     assert training.step == 0 and training.losses == []
+
+
+def test_gradients_that_are_not_finite_change_nothing():
+    training = small_training()
+    before = training.state_dict()
+    with pytest.raises(ValueError, match="learning_rate: the gradients' norm is nan after 0 steps"):
+        training.update(lambda: sum((value * 0).sum().sqrt() for value in training.parameters()))
+    after = training.state_dict()
+    assert after["digest"] == before["digest"] and faulty_entry(after) is None
+
+
+def test_weights_that_a_step_left_without_finite_numbers_are_not_given():
+    training = small_training(ema=0.9)
+    training.average[3] += float("inf")
+    with pytest.raises(ValueError, match="learning_rate: what was trained is not finite after 0 steps"):
+        training.weights()
+
+
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.9, "scale": 1.0}])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_state_is_whole_from_the_start_and_each_of_its_entries_is_needed(settings, steps):
+    training = small_training(**settings)
+    for _ in range(steps):
+        one_step(training)
+    state = training.state_dict()
+    assert faulty_entry(state) is None
+    for name in STATE:
+        assert faulty_entry({key: value for key, value in state.items() if key != name}) == name
+        assert faulty_entry({**state, name: "something else"}) == name
+
+
+def test_a_parameter_that_no_step_has_reached_has_no_moments():
+    training = Training(new_module(FAMILIES["sdxl"], 3, **SMALL), {"after": torch.zeros(4, 12, 3, 3),
+                                                                   "unused": torch.zeros(3)})
+    one_step(training)
+    state = training.state_dict()
+    assert len(state["optimizer"]["state"]) == len(training.parameters()) - 1 and faulty_entry(state) is None
+
+
+@pytest.mark.parametrize("name", ["module", "differences", "average", "optimizer", "generator", "step", "losses"])
+def test_the_digest_tells_a_number_that_is_another(name):
+    training = small_training(ema=0.9)
+    one_step(training)
+    state = training.state_dict()
+    tensors = {"module": state["module"]["mid_convs.1.bias"], "differences": state["differences"]["after"],
+               "average": state["average"][0], "optimizer": state["optimizer"]["state"][0]["exp_avg"]}
+    if name in tensors:
+        tensors[name].view(-1)[0] += 1e-3
+    elif name == "generator":
+        state[name] = torch.Generator().manual_seed(7).get_state()
+    else:
+        state |= {"step": 2, "losses": [*state["losses"], 1.0]} if name == "step" else {"losses": [1.0]}
+    assert faulty_entry(state) == "digest"
+    del state["digest"]
+    assert faulty_entry(state) is None
+
+
+def test_a_state_that_is_gone_on_from_stays_as_it_is():
+    first, second = small_training(), small_training()
+    one_step(first)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    one_step(second)
+    assert faulty_entry(state) is None
