@@ -9,7 +9,6 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ...controlnext_core.bases import either
 from ...controlnext_core.release_files import MODE_KEY
 from ...controlnext_core.sentences import quoted
 from ...controlnext_core.unet_weights import UNetWeights, compare, match_weights, move_to_base, split_patches
@@ -87,8 +86,6 @@ def load_unet_weights(name: str, base: BaseWeights) -> UNetWeights:
 
 def choose_mode(mode: str, name: str, weights: UNetWeights, base: BaseWeights) -> tuple[str, str]:
     """(difference or replace, why): what the user chose, the file declares, or comparing with the base weights says."""
-    if mode not in MODES:
-        raise ValueError(f"mode: {quoted(mode)} is none of its choices; set it to {either(MODES)}.")
     mode, why = _mode_of(mode, weights, base)
     if mode == "replace" and weights.partial:
         raise ValueError(f"mode: {quoted(name)} holds some of the query, key and value weights that lie together in "

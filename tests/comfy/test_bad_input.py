@@ -279,7 +279,7 @@ def test_a_mode_that_is_no_choice_lists_the_choices(run, loader, sd15):
     save_file({"conv_in.bias": torch.zeros(WIDTH)}, loader.folder / "unet.safetensors")
     with pytest.raises(ValueError) as raised:
         run("ControlNeXtUNetLoader", model=sd15, unet_name="unet.safetensors", strength=1.0, mode="x")
-    assert "set it to auto or difference or replace" in one_sentence(raised)
+    assert "one of auto, difference, replace is expected" in one_sentence(raised)
 
 
 def test_a_file_for_a_unet_does_not_fit_a_transformer(apply):

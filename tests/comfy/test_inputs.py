@@ -127,8 +127,8 @@ def test_pad_puts_the_whole_image_on_black(pack, size):
     assert not padded[0, 0][~inner].any()
 
 
-NUMBERS = {"nan": float("nan"), "infinite": float("inf"), "beyond the range": 11.0, "below the range": -0.5, "a text": "1",
-           "nothing": None}
+NUMBERS = {"nan": float("nan"), "infinite": float("inf"), "beyond the range": 11.0, "below the range": -0.5,
+           "a text": "1", "nothing": None}
 
 
 @pytest.mark.parametrize("value", NUMBERS.values(), ids=NUMBERS)

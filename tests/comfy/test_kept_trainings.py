@@ -22,7 +22,7 @@ WITH_UNET = dict(ema=0.9, unet_pattern="to_out|to_k")
 MODULE_ONLY = dict(trainable="module", scale_learning_rate=0.0)
 SETTINGS = TRAINING | dict(steps=2, batch_size=2, learning_rate=1e-3, unet_learning_rate=1e-3,
                            gradient_checkpointing=False, filename_prefix="mutated")
-TINY = dict(model_channels=32, num_res_blocks=[1], channel_mult=[1, 1], transformer_depth=[1, 0],
+TINY = dict(model_channels=32, num_res_blocks=[1, 1], channel_mult=[1, 1], transformer_depth=[1, 0],
             transformer_depth_output=[0, 0, 0, 0])
 LINKS = ("latents", "images", "conditioning", "empty_conditioning", "controlnext", "model")
 WIDGETS = (*SETTINGS, "resume_from", "caption_dropout", "ema", "unet_pattern", "min_snr_gamma", "warmup_steps",
@@ -175,7 +175,7 @@ def a_damaged_file(kept, draw: random.Random) -> tuple[dict, str]:
     elif fate == "filled":
         content[at:at + 300] = draw.choice((b"\0", b"\xff")) * 300
     elif fate == "doubled":
-        content += content
+        content += bytes(content)
     else:
         content = draw.choice((b"", b"text", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x80\x02]q\x00h\x00a."))
     file.write_bytes(content)
@@ -310,7 +310,7 @@ def test_only_files_are_listed_and_read(train, unet, kept, listed, tmp_path):
     assert "listed.pt" in listed() and not {*names} & {*listed()}
     for name in names:
         with pytest.raises(ValueError, match="^resume_from: .* came in where one of none, .* is expected; ") as error:
-            train(unet, **settings, resume_from=[name])
+            train(unet, **lists(**settings), resume_from=[name])
         assert_one_sentence(error.value)
     for name in names[:3]:
         os.rename(FOLDER / name, tmp_path / name)
@@ -366,7 +366,7 @@ def test_a_whole_number_may_come_as_another_kind_of_number(train, unet):
     assert other[1:3] == plain[1:3] and type(other[2]) is int
 
 
-@pytest.mark.parametrize("name", ["steps", "model", "training_dtype"])
+@pytest.mark.parametrize("name", ["steps", "training_dtype"])
 def test_an_empty_list_is_refused(train, untouched, name):
     with pytest.raises(ValueError, match=f"^{name}: an empty list came in"):
         train(untouched, **{name: []})
@@ -420,9 +420,9 @@ def test_images_in_another_form_train_the_same(train, unet, made):
 def test_what_was_trained_for_a_text_encoder_of_another_width_is_refused(train, unet, kept, resumed):
     other, settings = small_unet("sd15", **TINY, context_dim=96), lists(**WITH_UNET)
     if resumed:
-        name, given = "resume_from", {"resume_from": [put(kept[0][1])]}
+        given = {"resume_from": [put(kept[0][1])]}
     else:
-        name, given = "controlnext", {"controlnext": [train(unet, **settings, steps=[1])[0]]}
-    with pytest.raises(ValueError, match=rf"^{name}: .* of shape \[32, 768\] where .* MODEL has \[32, 96\]; ") as error:
+        given = {"controlnext": [train(unet, **settings, steps=[1])[0]]}
+    with pytest.raises(ValueError, match="^model: .* with a context of 96, which is not supported") as error:
         train(other, **settings, **given)
     assert_one_sentence(error.value)
