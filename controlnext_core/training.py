@@ -12,13 +12,12 @@ from statistics import fmean
 from typing import TypeVar
 
 import torch
-from pydantic_core import SchemaError, SchemaValidator, core_schema
 from torch import nn
 
 from .checkpoint import is_whole
 from .layouts import solve_widths
 from .module import ControlNeXtModule
-from .sentences import quoted
+from .patterns import matching
 
 T = TypeVar("T")
 MAX_GRADIENT_NORM = 1.0
@@ -29,15 +28,9 @@ def select_weights(names: Mapping[str, T], pattern: str) -> dict[str, T]:
     """The {diffusers name: where the denoiser has it} whose name holds the regular expression ``pattern``.
 
     Raises:
-        ValueError: it is no regular expression, or one with look-around or back-references.
+        ValueError: of ``patterns.matching``.
     """
-    # pydantic's are Rust's, which end in time in proportion to a name; Python's may never, and nothing can stop them
-    try:
-        matches = SchemaValidator(core_schema.str_schema(pattern=pattern)).isinstance_python
-    except SchemaError as error:
-        reason = str(error).splitlines()[-1].strip().removeprefix("error: ").removeprefix("SchemaError: ")
-        raise ValueError(f"{quoted(pattern)} cannot be used as a regular expression ({quoted(reason)})") from None
-    return {name: key for name, key in names.items() if matches(name)}
+    return {name: names[name] for name in matching(names, pattern)}
 
 
 def draw_rows(buckets: Sequence[Sequence[int]], batch_size: int, generator: torch.Generator) -> list[int]:

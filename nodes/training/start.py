@@ -75,7 +75,7 @@ def start_differences(model, names: dict[str, Target], shapes: dict[str, tuple],
         try:
             selected = select_weights(names, pattern)
         except ValueError as error:
-            raise ValueError(f"unet_pattern: {error}; {CLEAR}.") from None
+            raise ValueError(f"unet_pattern: {error}; change it or {CLEAR}.") from None
         if not selected:
             raise ValueError(f"unet_pattern: no UNet weight of the connected MODEL has {quoted(pattern)} in its name; "
                              f"{CLEAR}.")

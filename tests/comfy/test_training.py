@@ -379,7 +379,7 @@ BAD = {
     "images: a control image is 64x128 where its picture is 64x64": dict(images=[(8, 8)] * 3 + [(16, 8)]),
     "caption_dropout: there is no empty caption": dict(caption_dropout=0.1),
     "unet_pattern: no UNet weight": dict(unet_pattern="to_nowhere"),
-    r"unet_pattern: \*\* cannot be used as a regular expression \(repetition": dict(unet_pattern="**"),
+    r"unet_pattern: \*\* cannot be used as a regular expression \(nothing to repeat": dict(unet_pattern="**"),
 }
 
 
