@@ -27,51 +27,51 @@ def limit_from_environment() -> int:
 
 
 class Kept:
-    """Tensors where they stay, ``home``, and while they are needed also ``near``, on the device that computed them.
+    """Tensors that stay ``on_host``, and while they are needed lie ``on_device`` too, the one that computed them.
 
-    The way home and back goes beside the computation where ComfyUI has pinned memory and a stream for that.
+    The way to the host and back goes beside the computation where ComfyUI has pinned memory and a stream for that.
 
     Args:
-        home: None to stay on the device.
+        host: the device that ComfyUI offloads to; None to stay on the one that computed them.
         step: as in ``FeatureCache.get``.
     """
 
-    def __init__(self, tensors: tuple[torch.Tensor, ...], home: torch.device | None, step: Hashable):
+    def __init__(self, tensors: tuple[torch.Tensor, ...], host: torch.device | None, step: Hashable):
         self.device = tensors[0].device
-        self.moves = home is not None and home != self.device
+        self.moves = host is not None and host != self.device
         self.size = _bytes(tensors)
         self.step = step
-        self.near = self.at_home = tensors
+        self.on_device = self.on_host = tensors
         self._stream = None
         if self.moves:
-            self.at_home = tuple(torch.empty_like(tensor, device=home) for tensor in tensors)
-            pinned = [tensor for tensor in self.at_home if comfy.model_management.pin_memory(tensor)]
+            self.on_host = tuple(torch.empty_like(tensor, device=host) for tensor in tensors)
+            pinned = [tensor for tensor in self.on_host if comfy.model_management.pin_memory(tensor)]
             weakref.finalize(self, _unpin, pinned).atexit = False
-            for there, tensor in zip(self.at_home, tensors, strict=True):
+            for there, tensor in zip(self.on_host, tensors, strict=True):
                 there.copy_(tensor, non_blocking=comfy.model_management.device_supports_non_blocking(self.device))
 
     def fetch(self) -> None:
         """Begin to copy to the device what is not there."""
-        if self.near is None:
+        if self.on_device is None:
             self._stream = comfy.model_management.get_offload_stream(self.device)
-            if self._stream is not None:  # they may still be on their way home
+            if self._stream is not None:  # they may still be on their way to the host
                 self._stream.wait_stream(comfy.model_management.current_stream(self.device))
             non_blocking = comfy.model_management.device_supports_non_blocking(self.device)
-            self.near = tuple(comfy.model_management.cast_to(tensor, device=self.device, non_blocking=non_blocking,
-                                                             stream=self._stream) for tensor in self.at_home)
+            self.on_device = tuple(comfy.model_management.cast_to(tensor, device=self.device, non_blocking=non_blocking,
+                                                             stream=self._stream) for tensor in self.on_host)
 
     def get(self) -> tuple[torch.Tensor, ...]:
         """The tensors on the device, once fetched, for the computation that runs there now."""
         if self._stream is not None:
             comfy.model_management.sync_stream(self.device, self._stream)
-            for tensor in self.near:  # their memory is the stream's, which must not give it away too early
+            for tensor in self.on_device:  # their memory is the stream's, which must not give it away too early
                 tensor.record_stream(comfy.model_management.current_stream(self.device))
             self._stream = None
-        return self.near
+        return self.on_device
 
     def leave(self) -> None:
-        """Give up what is near."""
-        self.near = self._stream = None
+        """Give up those on the device."""
+        self.on_device = self._stream = None
 
 
 def _unpin(tensors: list[torch.Tensor]) -> None:
@@ -90,17 +90,17 @@ class FeatureCache:
     asks for the same entries in the same order again, so when not all fit, the first ones are there the next time
     (plain least-recently-used order would drop each one just before its use).
 
-    With a ``home``, the device has of them what the current step needs and, once an earlier run is seen to be
-    repeated, what its next step will.
+    With a ``host``, the device has only those that the current step needs and, once an earlier run is seen to be
+    repeated, those of its next step.
 
     Safe to use from the threads of ComfyUI's multi-GPU sampling; keys hold the device.
     """
 
-    def __init__(self, limit: int, home: torch.device | None = None):
-        self.limit, self.home = limit, home
+    def __init__(self, limit: int, host: torch.device | None = None):
+        self.limit, self.host = limit, host
         self.size = 0
         self._runs: list[dict[Hashable, Kept]] = [{}]  # by last use, the current run's at the end
-        self._near: list[Kept] = []
+        self._on_device: list[Kept] = []
         self._step: Hashable = None
         self._lock = threading.Lock()
 
@@ -119,7 +119,7 @@ class FeatureCache:
         with self._lock:
             arrived, self._step = step != self._step, step
             if arrived:
-                self._leave([kept for kept in self._near if kept.step != step])
+                self._leave([kept for kept in self._on_device if kept.step != step])
             for run in self._runs:
                 if key in run:
                     self._fetch([run[key]])
@@ -141,13 +141,13 @@ class FeatureCache:
         """From now on, what was used so far may make room for what is used next."""
         with self._lock:
             self._runs = [run for run in self._runs if run] + [{}]
-            self._leave(self._near)
+            self._leave(self._on_device)
             self._step = None
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._runs, self._near, self._step = [{}], [], None
+            self._runs, self._on_device, self._step = [{}], [], None
             self.size = 0
 
     def kept(self) -> list[Kept]:
@@ -155,16 +155,16 @@ class FeatureCache:
         return [kept for run in self._runs for kept in run.values()]
 
     def free_device(self) -> None:
-        """Forget what has no other home than the device."""
+        """Forget those that are nowhere but on the device."""
         with self._lock:
-            self._leave(self._near)
+            self._leave(self._on_device)
             self._runs = [{key: kept for key, kept in run.items() if kept.moves} for run in self._runs]
             self.size = sum(kept.size for kept in self.kept())
 
     def _keep(self, key: Hashable, tensors: tuple[torch.Tensor, ...], step: Hashable) -> None:
         try:
-            kept = Kept(tensors, self.home, step)
-        except (RuntimeError, MemoryError) as error:  # no room at home: nothing but this is lost
+            kept = Kept(tensors, self.host, step)
+        except (RuntimeError, MemoryError) as error:  # no room on the host: nothing but this is lost
             logging.warning("ControlNeXt: features are not kept for the next run (%s).", type(error).__name__)
             return
         self._runs[-1][key] = kept
@@ -174,8 +174,8 @@ class FeatureCache:
     def _fetch(self, entries: Iterable[Kept]) -> None:
         for kept in entries:
             kept.fetch()
-            if kept.moves and kept not in self._near:
-                self._near.append(kept)
+            if kept.moves and kept not in self._on_device:
+                self._on_device.append(kept)
 
     def _prefetch(self, entries: Iterable[Kept]) -> None:
         try:
@@ -186,7 +186,7 @@ class FeatureCache:
     def _leave(self, entries: list[Kept]) -> None:
         for kept in entries:
             kept.leave()
-        self._near = [kept for kept in self._near if kept.near is not None]
+        self._on_device = [kept for kept in self._on_device if kept.on_device is not None]
 
     def _make_room(self, size: int) -> None:
         for run in self._runs[:-1]:

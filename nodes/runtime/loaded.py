@@ -86,17 +86,17 @@ class LoadedModule:
         """Whether the image parts of so many images of so many pixels are kept while a sampling runs."""
         return images * self.patcher.model.image_part_numbers(pixels) * dtype.itemsize <= self.image_parts.limit
 
-    def memory(self, images: int, pixels: int, places: int, stem_pool: bool, dtype: torch.dtype,
+    def memory(self, images: int, pixels: int, positions: int, stem_pool: bool, dtype: torch.dtype,
                frames: int | None = None) -> tuple[int, int]:
         """Bytes beside the weights that a sampling needs: (while the module runs, from its first step to its last).
 
         Args:
             pixels: the number of each image's.
-            places: at which an image's features are added.
+            positions: the number of those at which an image's features are added.
             frames: that have features, where several images share one; None for as many as images.
         """
         module = self.patcher.model
-        staying = 2 * (frames or images) * module.out_channels * places  # those of each, and all of them put together
+        staying = 2 * (frames or images) * module.out_channels * positions  # each one's, and all put together
         if self.image_parts_stay(images, pixels, dtype):
             staying += (images - 1) * module.image_part_numbers(pixels)
         return module.peak(pixels, stem_pool) * dtype.itemsize, staying * dtype.itemsize

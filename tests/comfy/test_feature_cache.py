@@ -388,7 +388,7 @@ def test_a_training_under_control_can_go_back_through_kept_features(apply, unets
                                        torch.tensor([5.0, 0.0]), positive, positive, torch.zeros(1, 4, 8, 8),
                                        disable_pbar=True, seed=1)
     assert gradients[0] > 0
-    assert not any(tensor.requires_grad for kept in loaded.features.kept() for tensor in kept.at_home)
+    assert not any(tensor.requires_grad for kept in loaded.features.kept() for tensor in kept.on_host)
 
 
 def test_memory_does_not_grow_over_queued_runs(apply, unets, controlnexts):

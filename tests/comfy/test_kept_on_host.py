@@ -13,8 +13,8 @@ STEPS, IMAGES, SIZE = 4, 2, 1000
 
 
 def ask(cache, step: int, computed: list) -> list[int]:
-    """Ask for what a step needs, all of it right; the sizes of what lies near after each entry."""
-    near = []
+    """Ask for what a step needs, all of it right; how many lie on the device after each entry."""
+    on_device = []
     for image in range(IMAGES):
         def compute(value=10 * step + image):
             computed.append(value)
@@ -22,21 +22,21 @@ def ask(cache, step: int, computed: list) -> list[int]:
         first, second = cache.get((image, step), compute, step=step)
         assert first.tolist() == [10 * step + image] * SIZE
         assert second.tolist() == [-10 * step - image] * 2
-        near.append(sum(entry.near is not None for entry in cache.kept()))
-    return near
+        on_device.append(sum(entry.on_device is not None for entry in cache.kept()))
+    return on_device
 
 
-def test_near_are_in_a_first_run_the_current_steps_in_a_second_also_the_next_ones_and_after_a_run_none(cache_of):
+def test_the_device_has_in_a_first_run_the_current_steps_in_a_second_the_next_ones_too_after_a_run_none(cache_of):
     cache, computed = cache_of(10 ** 6, ELSEWHERE), []
-    near = [ask(cache, step, computed) for step in range(STEPS)]
-    assert near == [[1, 2]] * STEPS
+    on_device = [ask(cache, step, computed) for step in range(STEPS)]
+    assert on_device == [[1, 2]] * STEPS
     cache.end_run()
-    assert not any(entry.near for entry in cache.kept())
+    assert not any(entry.on_device for entry in cache.kept())
     assert len(computed) == STEPS * IMAGES
-    near = [ask(cache, step, computed) for step in range(STEPS)]
-    assert near == [[4, 4]] * (STEPS - 1) + [[2, 2]]
+    on_device = [ask(cache, step, computed) for step in range(STEPS)]
+    assert on_device == [[4, 4]] * (STEPS - 1) + [[2, 2]]
     cache.end_run()
-    assert not any(entry.near for entry in cache.kept())
+    assert not any(entry.on_device for entry in cache.kept())
     assert len(computed) == STEPS * IMAGES
 
 
@@ -52,16 +52,16 @@ def test_what_was_fetched_for_a_step_that_does_not_come_leaves(cache_of):
 
 def test_where_the_device_is_home_nothing_is_copied(cache_of):
     tensor = torch.ones(3)
-    for home in (None, tensor.device):
-        cache = cache_of(10 ** 6, home)
+    for host in (None, tensor.device):
+        cache = cache_of(10 ** 6, host)
         assert cache.get("key", lambda: (tensor,))[0] is tensor
         cache.end_run()
         assert cache.get("key", lambda: (tensor,))[0] is tensor
 
 
-def test_when_comfyui_wants_the_device_what_lies_at_home_stays(cache_of):
-    for home, kept in ((ELSEWHERE, STEPS * IMAGES), (None, 0)):
-        cache, computed = cache_of(10 ** 6, home), []
+def test_when_comfyui_wants_the_device_what_lies_on_the_host_stays(cache_of):
+    for host, kept in ((ELSEWHERE, STEPS * IMAGES), (None, 0)):
+        cache, computed = cache_of(10 ** 6, host), []
         for step in range(STEPS):
             ask(cache, step, computed)
         cache.free_device()
@@ -76,24 +76,24 @@ def test_when_comfyui_wants_the_device_what_lies_at_home_stays(cache_of):
 def test_results_are_equal_bit_for_bit_whether_features_move_or_not(apply, unets, controlnexts, module_runs, family,
                                                                     base, images):
     loaded = controlnexts[family].loaded
-    assert loaded.features.home == loaded.patcher.offload_device
+    assert loaded.features.host == loaded.patcher.offload_device
     _, timesteps = module_runs(controlnexts[family])
     model = apply(unets[base], controlnexts[family], picture(3, images))
     results = []
-    for home in (loaded.patcher.offload_device, ELSEWHERE):
+    for host in (loaded.patcher.offload_device, ELSEWHERE):
         loaded.features.clear()
-        loaded.features.home = home
+        loaded.features.host = host
         for run in range(2):
             timesteps.clear()
             results.append(sample(model, *conds(model, base), latent(base, images), cfg=3.0, steps=2))
             assert bool(timesteps) == (run == 0)
-    loaded.features.home = loaded.patcher.offload_device
+    loaded.features.host = loaded.patcher.offload_device
     loaded.features.clear()
     assert torch.isfinite(results[0]).all()
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_what_finds_no_room_at_home_is_given_all_the_same_and_not_kept(cache_of, monkeypatch):
+def test_what_finds_no_room_on_the_host_is_given_all_the_same_and_not_kept(cache_of, monkeypatch):
     def full(tensor):
         raise RuntimeError("CUDA error: out of memory")
     monkeypatch.setattr(comfy.model_management, "pin_memory", full)
