@@ -29,7 +29,7 @@ def main() -> None:
     pack = harness.Pack()
     controlnext = pack.controlnext("sd15")
     controlnext.loaded.features.limit = arguments.bound_mb * 2 ** 20
-    model = small_unet("sd15")
+    model = small_unet("sd15", model_channels=320)  # as wide as the release
     conds = cond(model, 0), cond(model, 1)
     process, resident, kept = psutil.Process(), [], []
 
