@@ -14,7 +14,7 @@ except ImportError:  # Python 3.10
 LONGEST_PATTERN, LONGEST_NAME = 200, 80  # characters
 # Backtracking tries an item anew for every way to match the items before it: ways multiply, steps add up. Unbounded
 # repeats share a name's characters, so k of them match in some 32^k ways from an average start; a fourth one needs more
-# than STEPS. These from each of 80 starts take 0.8 s, and after SECONDS no further name is tried.
+# than STEPS. These from each of 80 starts take 1 s, and after SECONDS no further name is tried.
 WAYS, STEPS, SECONDS = 32, 2 ** 20, 0.5
 
 
