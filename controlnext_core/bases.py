@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")  # of a denoiser's keys in a file
-NAMED = 5  # choices in a sentence
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,3 @@ def bases_of(keys: Iterable[str]) -> list[str]:
     fitting = [base for base in BASES.values() if found.issubset((*base.marks, *base.shared))]
     told = [base for base in fitting if found.intersection(base.marks)]
     return [base.name for base in told or fitting]
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a sentence: ``SD1.5, SDXL and SVD``."""
-    *names, last = names
-    return f"{', '.join(names)} and {last}"
-
-
-def either(names: Iterable[str]) -> str:
-    """Choices for a sentence: ``a or b``, and of many the first ones."""
-    names = list(dict.fromkeys(names))
-    return " or ".join(names) if len(names) <= NAMED else f"{', '.join(names[:NAMED])} or another"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .families import either, families_of
+from .families import families_of
 from .layouts import layout_of, solve_widths
 from .module import ControlNeXtModule, Operations
-from .sentences import quoted
+from .sentences import either, quoted
 
 PREFIXES = ("module.", "controlnet.", "controlnext.", "model.")
 CONTROL = ("controlnext.", "controlnet.")  # of the control in a file that holds the UNet, too
@@ -84,7 +84,11 @@ def strip_prefixes(state_dict: dict) -> dict:
 def is_control(keys: Iterable[str]) -> bool:
     """Whether these are the keys of a ControlNeXt module."""
     keys = list(keys)
-    return all(any(key.startswith(anchor) for key in keys) for anchor in ANCHORS)
+
+    def begins_a_key(anchor: str) -> bool:
+        return any(key.startswith(anchor) for key in keys)
+
+    return all(map(begins_a_key, ANCHORS))
 
 
 def _control_part(state_dict: dict) -> dict:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .bases import BASES, either
+from .bases import BASES
+from .sentences import either
 
 
 def _as_is(scale: float) -> float:
@@ -89,7 +90,7 @@ def families_of(layout: str) -> list[Family]:
     return [family for family in FAMILIES.values() if family.layout == layout]
 
 
-def resolve(layout: str, variant: str, base: str) -> Family:
+def family_for(layout: str, variant: str, base: str) -> Family:
     """The family of a file with ``layout``, loaded as ``variant``, for a denoiser of kind ``base``.
 
     ``auto`` takes the first family of the table that has the file's layout and the denoiser's base.

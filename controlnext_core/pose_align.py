@@ -63,14 +63,11 @@ def align_pose(frames: list[Frame], reference: Frame, prepend_reference: bool = 
     ``prepend_reference`` the reference pose, unchanged, is the first frame. Raises as ``fit_pose`` does.
     """
     scale, shift = fit_pose(frames, reference)
-    aligned = [
-        Frame(
-            reference.width,
-            reference.height,
-            [{part: _transform(points, scale, shift) for part, points in person.items()} for person in frame.people],
-        )
-        for frame in frames
-    ]
+
+    def moved(person: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {part: _transform(points, scale, shift) for part, points in person.items()}
+
+    aligned = [Frame(reference.width, reference.height, list(map(moved, frame.people))) for frame in frames]
     return [reference, *aligned] if prepend_reference else aligned
 
 

@@ -72,7 +72,7 @@ def draw_pose(
     usual_look = colors == "openpose"
     people = frame.people
     if usual_look:
-        people = [{part: _certain(points) for part, points in person.items()} for person in people]
+        people = [_certain_parts(person) for person in people]
     scale = 1 if usual_look else min(DRAWING_SIZE / min(height, width), LONGEST_SIDE / max(height, width))
     canvas = np.zeros((int(height * scale), int(width * scale), 3), dtype=np.uint8)
 
@@ -89,6 +89,10 @@ def draw_pose(
         return canvas
     # The reference takes its canvas for BGR: training saw red and blue swapped.
     return cv2.cvtColor(cv2.resize(canvas, (width, height), interpolation=cv2.INTER_LINEAR), cv2.COLOR_BGR2RGB)
+
+
+def _certain_parts(person: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {part: _certain(points) for part, points in person.items()}
 
 
 def _certain(points: np.ndarray) -> np.ndarray:

@@ -73,7 +73,7 @@ def read_pose_keypoints(keypoints: list | dict | None, name: str, canvas: tuple[
     if not entries:
         raise ValueError(f"{name} holds no frames: connect the keypoints of a pose estimation node.")
 
-    sizes = [[_read_side(entry, side, f"{name}, frame {i}") for side in CANVAS] for i, entry in enumerate(entries)]
+    sizes = [_read_sides(entry, f"{name}, frame {i}") for i, entry in enumerate(entries)]
     canvas = next((size for size in sizes if all(size)), canvas)
     if canvas is None:
         raise ValueError(f"{name} states no canvas size: add canvas_width and canvas_height to its frames.")
@@ -91,23 +91,21 @@ def read_pose_keypoints(keypoints: list | dict | None, name: str, canvas: tuple[
     for person in everybody:
         person[FACE] = _complete_face(person[FACE], person[BODY][EYES])
 
-    people = [[person for person in frame if any(points.any() for points in person.values())] for frame in people]
-    return [Frame(*size, frame) for size, frame in zip(sizes, people, strict=True)]
+    return [Frame(*size, list(filter(_is_there, frame))) for size, frame in zip(sizes, people, strict=True)]
 
 
 def write_pose_keypoints(frames: list[Frame]) -> list[dict]:
     """The frames as POSE_KEYPOINT, in pixels, with all parts of each person, as ComfyUI's own drawing node needs."""
-    return [
-        {
-            "canvas_width": frame.width,
-            "canvas_height": frame.height,
-            "people": [
-                {part: (points * (frame.width, frame.height, 1)).ravel().tolist() for part, points in person.items()}
-                for person in frame.people
-            ],
-        }
-        for frame in frames
-    ]
+    return [{"canvas_width": frame.width, "canvas_height": frame.height,
+             "people": [_in_pixels(person, frame.width, frame.height) for person in frame.people]} for frame in frames]
+
+
+def _in_pixels(person: dict[str, np.ndarray], width: int, height: int) -> dict[str, list[float]]:
+    return {part: (points * (width, height, 1)).ravel().tolist() for part, points in person.items()}
+
+
+def _is_there(person: dict[str, np.ndarray]) -> bool:
+    return any(points.any() for points in person.values())
 
 
 def read_pixels(value, name: str, allowed: range, expected: str) -> int:
@@ -141,6 +139,11 @@ def _expect_one_of(wanted: Iterable[str], holder: dict, where: str, lacking: str
             f"{where} holds {str(data)[:80]} and {lacking}: "
             "connect the keypoints of a node that finds people's poses, such as DWPose, OpenPose or SDPose."
         )
+
+
+def _read_sides(entry: dict, where: str) -> list[int]:
+    """Width and height of the canvas in pixels."""
+    return [_read_side(entry, side, where) for side in CANVAS]
 
 
 def _read_side(entry: dict, side: str, where: str) -> int:

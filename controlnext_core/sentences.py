@@ -1,6 +1,9 @@
-"""Names as the sentences for people quote them."""
+"""Names and choices as the sentences for people give them."""
+
+from collections.abc import Iterable
 
 LONGEST = 80  # characters; the longest name of a UNet's tensor has 78
+NAMED = 5  # choices
 
 
 def quoted(name: object) -> str:
@@ -8,3 +11,15 @@ def quoted(name: object) -> str:
     text = "".join(character if character.isprintable() else "?" for character in str(name))
     half = (LONGEST - len("...")) // 2
     return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a sentence: ``SD1.5, SDXL and SVD``."""
+    *names, last = names
+    return f"{', '.join(names)} and {last}"
+
+
+def either(names: Iterable[str]) -> str:
+    """Choices for a sentence: ``a or b``, and of many the first ones."""
+    names = list(dict.fromkeys(names))
+    return " or ".join(names) if len(names) <= NAMED else f"{', '.join(names[:NAMED])} or another"

@@ -10,9 +10,9 @@ from statistics import median
 
 import torch
 
-from .bases import BASES, bases_of, either, without_prefix
+from .bases import BASES, bases_of, without_prefix
 from .checkpoint import CONTROL, check_finite, check_floats, is_control, kind_of_file, named_tensors, strip_prefixes
-from .sentences import quoted
+from .sentences import either, quoted
 from .unet_keys import Target, targets_of
 
 # a full file's tensors point the way of the base weights and have their size; differences do neither
@@ -94,6 +94,7 @@ def match_weights(state_dict: Mapping, name: str, shapes: Mapping[str, tuple],
             left_out.append(key)
         else:
             matched.append((target, value))
+
     what = _kind_of_unet_file(state_dict)
     if not matched or what.startswith(NAMED_ALIKE):
         raise ValueError(f"{name} holds no UNet weights for the connected MODEL: it is {what}; choose the UNet weights "
@@ -103,6 +104,7 @@ def match_weights(state_dict: Mapping, name: str, shapes: Mapping[str, tuple],
     expected = [target.shape(shapes[target.key]) for target, _ in matched]
     wrong = [(target.key, value.shape, shape) for (target, value), shape in zip(matched, expected, strict=True)
              if value.shape != shape]
+
     bases, model_bases = bases_of(state_dict), bases_of(shapes)
     other_base = _titles(bases) if bases and model_bases and not set(bases) & set(model_bases) else None
     if other_base and (wrong or left_out):
@@ -115,20 +117,29 @@ def match_weights(state_dict: Mapping, name: str, shapes: Mapping[str, tuple],
         raise ValueError(f"{name}: tensor {quoted(key)} has shape {quoted(list(found))} where the connected MODEL has "
                          f"{list(shape)}{more}; choose UNet weights that were made for this MODEL.")
 
+    tensors, partial = _put_together(matched, shapes)
+    check_finite(tensors.items(), name)
+    return UNetWeights(tensors, left_out, other_base, partial, declared)
+
+
+def _put_together(matched: Iterable[tuple[Target, torch.Tensor]],
+                  shapes: Mapping[str, tuple]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """({key: tensor} of the model, the keys of which some rows are missing and zeros)."""
     tensors, parts = {}, defaultdict(dict)
     for target, value in matched:
         if target.rows is None:
             tensors[target.key] = target.ordered(value)
         else:
             parts[target.key][target.rows] = value
+
     for key, rows in parts.items():
         whole = torch.zeros(shapes[key], dtype=next(iter(rows.values())).dtype)
         for (first, count), value in rows.items():
             whole[first:first + count] = value
         tensors.setdefault(key, whole)
-    check_finite(tensors.items(), name)
-    partial = [key for key, rows in parts.items() if sum(count for _, count in rows) < shapes[key][0]]
-    return UNetWeights(tensors, left_out, other_base, partial, declared)
+
+    filled = {key: sum(count for _, count in rows) for key, rows in parts.items()}
+    return tensors, [key for key, rows in filled.items() if rows < shapes[key][0]]
 
 
 def _titles(bases: Iterable[str]) -> str:
@@ -140,6 +151,7 @@ def _kind_of_unet_file(keys: Iterable[str]) -> str:
     keys = list(keys)
     if is_control(keys):
         return "a ControlNeXt model (Load ControlNeXt Model takes it)"
+
     what = kind_of_file(keys)
     if not what.startswith("UNet weights"):
         return what

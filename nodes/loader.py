@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..controlnext_core.bases import BASES, either
+from ..controlnext_core.bases import BASES
 from ..controlnext_core.families import FAMILIES, families_of
+from ..controlnext_core.sentences import either
 from .inputs import checked_inputs
 from .preview import show_text
 from .runtime.files import fingerprint_listed, list_files

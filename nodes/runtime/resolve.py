@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from ...controlnext_core.bases import BASES, either, listed
-from ...controlnext_core.families import Family
-from ...controlnext_core.families import resolve as family_for
-from ...controlnext_core.sentences import quoted
+from ...controlnext_core.bases import BASES
+from ...controlnext_core.families import Family, family_for
+from ...controlnext_core.sentences import either, listed, quoted
 from .loaded import ControlNeXt
 from .places import Place, base_of, kind_of, places_of, unwrapped
 from .settings import Settings

@@ -3,12 +3,12 @@
 import comfy.ops
 import torch
 
-from ...controlnext_core.bases import BASES, either
-from ...controlnext_core.families import resolve
+from ...controlnext_core.bases import BASES
+from ...controlnext_core.families import family_for
 from ...controlnext_core.layouts import solve_widths
 from ...controlnext_core.module import ControlNeXtModule, new_module
 from ...controlnext_core.release_files import with_scale
-from ...controlnext_core.sentences import quoted
+from ...controlnext_core.sentences import either, quoted
 from ...controlnext_core.training import select_weights
 from ...controlnext_core.unet_keys import Target
 from ..runtime.loaded import ControlNeXt
@@ -32,7 +32,7 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
     """
     base = base_of_model(model_of(model))
     family = (family_of(model_of(model), controlnext) if controlnext
-              else resolve("light", BASES[base].new_variant, base))
+              else family_for("light", BASES[base].new_variant, base))
     places = places_of(model_of(model).denoiser)
     if inject_at == "auto":
         inject_at = controlnext and controlnext.place or family.place

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from controlnext_core import bases
-from controlnext_core.bases import BASES, bases_of, either, listed
-from controlnext_core.families import FAMILIES, resolve
+from controlnext_core.bases import BASES, bases_of
+from controlnext_core.families import FAMILIES, family_for
 from controlnext_core.transformer_keys import TRANSFORMERS
 
 KEYS = (  # (bases, keys that can be of these)
@@ -67,10 +67,4 @@ def test_the_other_tables_have_every_base(goldens):
 
 @pytest.mark.parametrize("base", BASES)
 def test_a_new_control_has_a_family_of_its_base(base):
-    assert resolve("light", BASES[base].new_variant, base).base == base
-
-
-def test_names_are_put_into_sentences():
-    assert listed(["SD1.5", "SDXL", "SVD"]) == "SD1.5, SDXL and SVD"
-    assert either(["a", "b", "a"]) == "a or b"
-    assert either("abcdef") == "a, b, c, d, e or another"
+    assert family_for("light", BASES[base].new_variant, base).base == base

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from controlnext_core.checkpoint import open_checkpoint
-from controlnext_core.families import FAMILIES, resolve
+from controlnext_core.families import FAMILIES, family_for
 from controlnext_core.module import new_module
 
 OTHER_FILES = {
@@ -164,7 +164,7 @@ def test_variant_that_does_not_fit_the_file_names_those_that_do(goldens):
     ("light", "svd_padded", "svd", "svd_padded"), ("mid", "auto", "sd15", "sd15_mid"),
     ("video_mid", "auto", "svd", "svd_mid")])
 def test_family_is_settled_by_file_variant_and_model(layout, variant, base, expected):
-    assert resolve(layout, variant, base).name == expected
+    assert family_for(layout, variant, base).name == expected
 
 
 @pytest.mark.parametrize("layout, variant, base, words", [
@@ -173,7 +173,7 @@ def test_family_is_settled_by_file_variant_and_model(layout, variant, base, expe
     ("video_mid", "auto", "sd15", "is svd_mid .for SVD., but the connected MODEL is SD1.5")])
 def test_family_for_another_model_is_an_error_that_names_both(layout, variant, base, words):
     with pytest.raises(ValueError, match=words):
-        resolve(layout, variant, base)
+        family_for(layout, variant, base)
 
 
 @pytest.mark.parametrize("name, scale, expected", [
