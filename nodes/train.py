@@ -1,6 +1,6 @@
 """Train ControlNeXt."""
 
-import traceback
+import gc
 from statistics import mean
 
 import comfy.utils
@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from .inputs import checked_inputs, inject_at_input
 from .preview import node_id, show_text
+from .runtime.control import is_out_of_memory
 from .runtime.files import fingerprint
 from .runtime.images import checked_image
 from .runtime.loaded import ControlNeXtType
@@ -229,9 +230,18 @@ class ControlNeXtTrain(io.ComfyNode):
                         show_text(cls, kept)
         except BaseException as error:
             if training.step > first and leads:
-                traceback.clear_frames(error.__traceback__)  # they hold what the failed step took of the device
+                if is_out_of_memory(error):
+                    _let_go(error)
                 show_text(cls, f"stopped after step {training.step} of {steps} and {keep()}")
             raise
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error hold, such as all that the failed step took of a device."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
+    gc.collect()
 
 
 def _first(name: str, values: list):

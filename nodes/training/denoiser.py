@@ -15,7 +15,8 @@ from ..runtime.places import adds_in_place, blocks_of
 from .control import TrainingControl
 
 PREFIX = "diffusion_model."
-LEFT_BY_LOADING = {"forward", "comfy_force_cast_weights"}  # attributes of a layer that unloading does not set back
+# attributes of a layer that unloading does not take off again
+LEFT_BY_LOADING = {"forward", "comfy_cast_weights", "comfy_force_cast_weights"}
 
 
 def trainable_clone(model, control: TrainingControl, differences: dict[Target, torch.nn.Parameter], dtype: torch.dtype,
@@ -66,11 +67,10 @@ def loaded_for_training(clone, models: list) -> Iterator[None]:
         comfy.model_management.unload_all_models()
         for layer, before in layers.items():
             comfy.model_patcher.wipe_lowvram_weight(layer)
-            for name in LEFT_BY_LOADING & vars(layer).keys():
-                if name in before:
-                    setattr(layer, name, before[name])
-                else:
-                    delattr(layer, name)
+            for name in LEFT_BY_LOADING & vars(layer).keys() - before.keys():
+                delattr(layer, name)
+            if "comfy_force_cast_weights" in before:
+                layer.comfy_force_cast_weights = before["comfy_force_cast_weights"]
         for parameter in learning:
             parameter.requires_grad_(True)
 

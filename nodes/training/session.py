@@ -129,6 +129,8 @@ class Session:
             entered.enter_context(loaded_for_training(self.clone, self.teacher.models() if self.teacher else []))
             self._prepare()
             entered.enter_context(self._taught())
+            if self.shown is not None and self.settings.preview_every:
+                self._try_shown()
             self._resources = entered.pop_all()
         return self
 
@@ -169,17 +171,30 @@ class Session:
         conds = self._conds([0], [False])
         untaught = self.denoise_without_student(x, sigma, conds)
         advice = "connect one that is made for the MODEL"
-        try:
+        with self._told_if_it_fails("teacher: the connected CONTROL_NET", advice):
             taught = self.denoise_without_student(x, sigma, conds, self.teacher)
-        except (comfy.model_management.OOM_EXCEPTION, comfy.model_management.InterruptProcessingException):
-            raise
-        except Exception as error:
-            what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"teacher: the connected CONTROL_NET does not fit the connected MODEL, a "
-                             f"{type(self.base_model).__name__} ({what}); {advice}.") from error
         if torch.equal(taught, untaught):
             raise ValueError(f"teacher: the connected CONTROL_NET changes nothing in what the connected MODEL, a "
                              f"{type(self.base_model).__name__}, predicts; {advice}, at a teacher_strength above 0.")
+
+    def _try_shown(self) -> None:
+        """One forward under the caption of the previews, so that none of them ends a training later."""
+        sigma = self.sampling.sigmas[-1:].to(self.device).expand(len(self.shown.latent))
+        with self._told_if_it_fails("validation_conditioning: the connected prompt", "encode it with the MODEL's CLIP"):
+            conds = conds_of(self.base_model, [self.shown.caption], [self.shown.latent], self.device)
+            self.denoise_without_student(self.shown.latent.float().to(self.device), sigma, conds)
+
+    @contextmanager
+    def _told_if_it_fails(self, what: str, advice: str):
+        """A ValueError of one sentence for whatever goes wrong in the block, but for lack of memory."""
+        try:
+            yield
+        except (comfy.model_management.OOM_EXCEPTION, comfy.model_management.InterruptProcessingException):
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{what} does not fit the connected MODEL, a {type(self.base_model).__name__} ({reason}); "
+                             f"{advice}.") from error
 
     def step(self) -> float:
         """One update; its loss. Whatever ends it early leaves the training as it was before."""
