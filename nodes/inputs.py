@@ -11,6 +11,7 @@ from .runtime.places import PLACES
 from .runtime.strength_over_time import CurveInput
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
+DatasetType = io.Custom("CONTROLNEXT_DATASET")
 WHERE = ("Where control enters the UNet, or the tokens of a transformer such as SD3: at once or after a block. auto is "
          "where the model was trained to enter.")
 LONGEST_LIST = 250  # characters of the choices in a sentence

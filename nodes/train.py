@@ -7,7 +7,7 @@ import comfy.utils
 from comfy_api.latest import io
 from tqdm.auto import tqdm
 
-from .inputs import checked_inputs, inject_at_input
+from .inputs import DatasetType, checked_inputs, inject_at_input
 from .preview import node_id, show_text
 from .runtime.control import is_out_of_memory
 from .runtime.files import fingerprint
@@ -15,6 +15,7 @@ from .runtime.images import checked_image
 from .runtime.loaded import ControlNeXtType
 from .runtime.messages import send_text
 from .training.data import Data, Sample, samples_for
+from .training.dataset import FolderData
 from .training.kept import ENDING, FOLDER, free_path, list_kept, name_of, path_of
 from .training.log import Log
 from .training.session import Session
@@ -143,6 +144,9 @@ class ControlNeXtTrain(io.ComfyNode):
                                        "Without it, under the first of images."),
                 io.Conditioning.Input("validation_conditioning", optional=True,
                                       tooltip="The prompt of the previews. Without it, the first caption."),
+                DatasetType.Input("dataset", optional=True,
+                                  tooltip="Pictures of a folder, from ControlNeXt Dataset, instead of latents, "
+                                          "conditioning and images: as many as there are, in little memory."),
             ],
             outputs=[
                 ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt and Save ControlNeXt "
@@ -163,18 +167,22 @@ class ControlNeXtTrain(io.ComfyNode):
     @classmethod
     def execute(cls, model, latents=None, conditioning=None, images=None, controlnext=None, empty_conditioning=None,
                 teacher=None, teacher_vae=None, validation_image=None, validation_conditioning=None,
-                **settings) -> io.NodeOutput:
+                dataset=None, **settings) -> io.NodeOutput:
         model = _first("model", model)
         settings = TrainSettings(**checked_inputs(cls, **{name: _first(name, values)
                                                           for name, values in settings.items()}))
-        if settings.caption_dropout and not empty_conditioning:
-            raise ValueError("caption_dropout: there is no empty caption to put in place of others; connect an encoded "
-                             "empty prompt to empty_conditioning or set caption_dropout to 0.")
         if settings.teacher_share != 1.0 and not teacher:
             raise ValueError("teacher_share: there is no teacher to share the loss with; connect a CONTROL_NET to "
                              "teacher or set teacher_share to 1.")
 
-        data = samples_for(model, latents, conditioning, images, empty_conditioning and empty_conditioning[0])
+        empty = empty_conditioning[0] if empty_conditioning else None
+        if dataset:
+            data = FolderData(dataset[0], model, empty)
+        else:
+            data = samples_for(model, latents, conditioning, images, empty)
+        if settings.caption_dropout and data.empty is None:
+            raise ValueError("caption_dropout: there is no empty caption to put in place of others; connect an encoded "
+                             "empty prompt to empty_conditioning or set caption_dropout to 0.")
         learned_from = None
         if teacher and settings.teacher_share:
             learned_from = Teacher(teacher[0], settings.teacher_strength, settings.teacher_share,

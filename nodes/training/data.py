@@ -43,12 +43,14 @@ class Data:
             a MODEL of pictures alone.
         empty: the CONDITIONING of an empty prompt, for dropped captions, or None.
         videos: there are videos among the samples.
+        worn: control images are the pictures, to be made small and worn whenever one comes up.
     """
 
     ratio: int
     images_a_frame = 1
     empty: list | None = None
     videos = False
+    worn = False
 
     def buckets(self) -> list[list[int]]:
         """Indices of the samples, those of one size together."""
@@ -75,7 +77,7 @@ class Data:
         if caption is None:
             caption = first.caption
         else:
-            _check_caption("validation_conditioning", caption)
+            check_caption("validation_conditioning", caption)
         if images is None:
             return Sample(torch.zeros_like(first.latent), caption, first.images)
 
@@ -194,14 +196,14 @@ class Samples(Data):
             raise ValueError(f"conditioning: there are {len(self.captions)} captions for {count} latents; connect one "
                              f"for each {'video' if self.videos else 'picture or LATENT'}, or one for all.")
         for caption in self.captions:
-            _check_caption("conditioning", caption)
+            check_caption("conditioning", caption)
         if empty is not None:
             if not empty:
                 raise ValueError("empty_conditioning: it holds no caption; connect an encoded empty prompt.")
-            _check_caption("empty_conditioning", empty[0])
+            check_caption("empty_conditioning", empty[0])
         order = [row for bucket in self.buckets() for row in bucket]
         self.captions = [self.captions[row % len(self.captions)] for row in order]
-        self.images = [self.images[row] for bucket in _alike([self._latent_size(one) for one in self.images])
+        self.images = [self.images[row] for bucket in alike([self._latent_size(one) for one in self.images])
                        for row in bucket]
         self.latents, self.weights = ([values[row] for row in order] for values in (self.latents, self.weights))
         for latent, image in zip(self.latents, self.images, strict=True):
@@ -220,7 +222,7 @@ class Samples(Data):
 
     def buckets(self) -> list[list[int]]:
         """Indices of the samples, those of one size together."""
-        return _alike([_size(latent) for latent in self.latents])
+        return alike([_size(latent) for latent in self.latents])
 
     def latent_shape(self, row: int) -> tuple[int, ...]:
         return tuple(self.latents[row].shape)
@@ -276,7 +278,7 @@ def _weight_of(latent: dict) -> torch.Tensor | None:
     return weight
 
 
-def _check_caption(name: str, entry: list) -> None:
+def check_caption(name: str, entry: list) -> None:
     """Check one entry of a CONDITIONING: the encoded text and the tensors beside it."""
     for tensor in (entry[0], *filter(torch.is_tensor, entry[1].values())):
         if not tensor.numel():
@@ -295,7 +297,7 @@ def _size(latent: torch.Tensor) -> tuple[int, int, int]:
     return latent.shape[0] * latent.shape[2:-2].numel(), *latent.shape[-2:]
 
 
-def _alike(sizes: list[tuple]) -> list[list[int]]:
+def alike(sizes: list[tuple]) -> list[list[int]]:
     """Indices of the sizes, equal ones together, in the order in which each size first appears."""
     groups: dict = {}
     for index, size in enumerate(sizes):

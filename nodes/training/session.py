@@ -90,6 +90,7 @@ class Session:
         self.model, self.data, self.settings, self.teacher = model, data, settings, teacher
         self.ranks = ranks or Ranks()
         self.shown = shown
+        self._wears = settings.super_resolution or data.worn
         self._buckets = data.buckets()
         self._resources = ExitStack()
 
@@ -295,13 +296,13 @@ class Session:
     def _control_images(self, rows: Sequence[int], generator: torch.Generator,
                         others: bool = False) -> torch.Tensor | None:
         """The control images of a batch, (B, 3, H, W), B its pictures or all frames of its videos."""
-        if others and not self.settings.super_resolution:
+        if others and not self._wears:
             return None
         return self._worn(self.data.batch_images(rows), generator)
 
     def _worn(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """The images, or for super-resolution small worn copies of them, as large again."""
-        if not self.settings.super_resolution:
+        if not self._wears:
             return images
         height, width = images.shape[-2:]
         pixels = (255 * images.movedim(1, -1)).round().clamp(0, 255).byte().cpu().contiguous().numpy()
