@@ -198,8 +198,8 @@ class ControlNeXtTrain(io.ComfyNode):
         """Train to the last step. Whatever ends it early, what was trained is kept first."""
         training, settings, leads = session.training, session.settings, session.ranks.leads
         first, steps, kept = training.step, settings.steps, ""
-        first_part = free_path(settings.filename_prefix)
-        log, progress = Log(first_part if leads else None), comfy.utils.ProgressBar(steps)
+        first_part = free_path(settings.filename_prefix) if leads else None
+        log, progress = Log(first_part), comfy.utils.ProgressBar(steps)
 
         def keep() -> str:
             """Keep the training, or say why not: the end of a sentence."""
