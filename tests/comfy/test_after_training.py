@@ -71,6 +71,7 @@ MOVES = {"outside of inference mode": lambda model: clone_data(model),
          "under inference mode": torch.inference_mode()(clone_data)}
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("base", ["sd15", "sdxl", *TRANSFORMERS])
 def test_a_model_that_a_node_loaded_is_trained_as_often_as_one_likes_wherever_its_weights_were_moved(train, base):
     with torch.inference_mode():
@@ -89,6 +90,7 @@ def leftovers(model) -> dict:
     return {key: value if isinstance(value, plain) else type(value) for key, value in values.items()}
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("base", ["sd15", "sd3", "flux"])
 @pytest.mark.parametrize("ends", ["whole", "interrupted"])
 def test_nothing_of_a_training_stays_on_a_model(train, base, ends):
