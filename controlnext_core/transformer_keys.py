@@ -118,6 +118,22 @@ TRANSFORMERS = {
         "ffn.0": ("ffn.net.0.proj",), "ffn.2": ("ffn.net.2",), "norm3": ("norm2",),
         **_all_under("self_attn", "attn1", _WAN_ATTENTION), **_all_under("cross_attn", "attn2", _WAN_ATTENTION),
     })}),
+    "hunyuan_video15": Names({
+        "img_in.proj": "x_embedder.proj", "cond_type_embedding": "cond_type_embed", "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear", "txt_in.input_embedder": "context_embedder.proj_in",
+        **_under("time_in", "time_embed.timestep_embedder", _EMBEDDER),
+        **_under("time_r_in", "time_embed.timestep_embedder_r", _EMBEDDER),
+        **_under("txt_in.t_embedder", "context_embedder.time_text_embed.timestep_embedder", _EMBEDDER),
+        **_under("txt_in.c_embedder", "context_embedder.time_text_embed.text_embedder", _EMBEDDER),
+        **_under("byt5_in", "context_embedder_2",
+                 {"layernorm": "norm", "fc1": "linear_1", "fc2": "linear_2", "fc3": "linear_3"}),
+        **_under("vision_in.proj", "image_embedder",
+                 {"0": "norm_in", "1": "linear_1", "3": "linear_2", "4": "norm_out"}),
+    }, {"double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
+        "txt_in.individual_token_refiner.blocks": ("context_embedder.token_refiner.refiner_blocks", {
+            "self_attn.qkv": _joined("attn", _QKV), "self_attn.proj": ("attn.to_out.0",),
+            "mlp.0": ("ff.net.0.proj",), "mlp.2": ("ff.net.2",), "adaLN_modulation.1": ("norm_out.linear",)}),
+        }, ("final_layer.adaLN_modulation.1",)),
 }
 
 
@@ -137,7 +153,7 @@ def transformer_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
         exchanged = path in names.exchanged
         theirs = [f"{names.top.get(path, path)}.{end}"] if path else [names.top.get(key, key)]
 
-        if match := re.fullmatch(r"(\w+)\.(\d+)\.(.+)", path):
+        if match := re.fullmatch(r"([\w.]+?)\.(\d+)\.(.+)", path):
             ours, block, layer = match.groups()
             their_blocks, layers = names.blocks.get(ours, (ours, {}))
             theirs = [f"{their_blocks}.{block}.{name}.{end}" for name in layers.get(layer, (layer,))]

@@ -7,6 +7,7 @@ import comfy.model_base
 import comfy.model_patcher
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.hunyuan_video.model import HunyuanVideo
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
@@ -75,6 +76,8 @@ TRANSFORMERS = {
     # tokens of a reference picture stand before the video's in a model that has a layer for it
     WanModel: Transformer({comfy.model_base.WAN21: "wan"}, "dim", "blocks",
                           fill=lambda transformer: None if transformer.ref_conv is None else 1, images=4),
+    HunyuanVideo: Transformer({comfy.model_base.HunyuanVideo15: "hunyuan_video15"}, "hidden_size", "double_blocks",
+                              ("single_blocks",), images=4, adds_in_place=True),
 }
 AFTER_SLOTS = ("noise_refiner", "double_block")  # ComfyUI's own, after a block
 # what nodes offer: of a transformer the first third of the longest, control that enters later has little left to steer

@@ -50,6 +50,11 @@ TRANSFORMERS = {  # with real heads
     "wan": (comfy.supported_models.WAN21_T2V, dict(
         image_model="wan2.1", model_type="t2v", patch_size=(1, 2, 2), in_dim=16, dim=128, ffn_dim=256, freq_dim=32,
         text_dim=40, out_dim=16, num_heads=1, num_layers=3)),
+    "hunyuan_video15": (comfy.supported_models.HunyuanVideo15, dict(
+        image_model="hunyuan_video", in_channels=65, out_channels=32, vec_in_dim=None, context_in_dim=40,
+        hidden_size=128, mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=0, axes_dim=[16, 56, 56], theta=256,
+        patch_size=[1, 1, 1], qkv_bias=True, guidance_embed=False, byt5=False, meanflow=False, meanflow_sum=False,
+        use_cond_type_embedding=True, vision_in_dim=1152)),
     "flux2": (comfy.supported_models.Flux2, dict(
         image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=40, hidden_size=128,
         mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=1, axes_dim=[32, 32, 32, 32], txt_ids_dims=[3],

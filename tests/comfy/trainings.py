@@ -6,8 +6,8 @@ import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
-from sampling import cond, latent, picture
-from tokens import BASES, new_controlnext
+from sampling import cond, latent
+from tokens import BASES, new_controlnext, picture_for
 
 from controlnext_core.bases import BASES as ROWS
 from controlnext_core.training import select_weights
@@ -30,21 +30,23 @@ def weights(controlnext) -> dict[str, torch.Tensor]:
 
 def samples(base: str, model, frames: int = 1) -> dict:
     """One picture, or one video of so many latent frames, as the node takes it."""
-    shape = list(latent(base, 1, *[64 // BASES[base].ratio] * 2).shape)
+    row = BASES[base]
+    shape = list(latent(base, 1, *[4 * row.patch] * 2).shape)
     shape[2:-2] = [frames] * len(shape[2:-2])
     return {"latents": [{"samples": torch.randn(shape, generator=torch.Generator().manual_seed(2))}],
-            "conditioning": [cond(model)], "images": [picture(2, 4 * frames - 3)]}
+            "conditioning": [cond(model)], "images": [picture_for(base, 2, row.images * (frames - 1) + 1)]}
 
 
 @contextmanager
 def running(pack, base: str, model, frames: int = 1, checkpointing: bool = True):
-    """(a Run on ``samples``, its Training) as the node makes them, with control after the first block."""
+    """(a Run on ``samples``, its Training) as the node makes them, with control after the first block if it can."""
     training_run, training = pack("nodes.training.session"), pack("controlnext_core.training")
     data = pack("nodes.training.data").Samples(*samples(base, model, frames).values(), None, BASES[base].ratio,
-                                               images_a_frame=4)
+                                               images_a_frame=BASES[base].images)
     with torch.inference_mode(False), pytest.MonkeyPatch.context() as patch:
         patch.setattr("comfy.model_management.in_training", True)
-        control = pack("nodes.training.start").start_control(model, new_controlnext(pack, base), 0, "block_0")
+        control = pack("nodes.training.start").start_control(model, new_controlnext(pack, base), 0,
+                                                                       BASES[base].places[:2][-1])
         shapes = {key: tuple(value.shape) for key, value in model.model.diffusion_model.state_dict().items()}
         targets = select_weights(targets_of(shapes), ROWS[base].unet_pattern)
         state = training.Training(control.module, {name: torch.zeros(target.shape(shapes[target.key]))

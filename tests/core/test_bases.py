@@ -22,8 +22,10 @@ KEYS = (  # (bases, keys that can be of these)
                "transformer_blocks.0.attn.to_q.weight"]),
     ("z_image", ["layers.0.attention.qkv.weight"]),
     ("wan", ["blocks.0.self_attn.q.weight"]),
-    ("flux chroma flux2", ["double_blocks.0.img_mlp.0.weight"]),
-    ("sd3 flux chroma qwen_image flux2", ["transformer_blocks.1.attn.to_q.weight"]),
+    ("hunyuan_video15", ["cond_type_embedding.weight", "double_blocks.0.img_mlp.0.weight"]),
+    ("hunyuan_video15", ["cond_type_embed.weight", "transformer_blocks.0.attn.to_q.weight"]),
+    ("flux chroma flux2 hunyuan_video15", ["double_blocks.0.img_mlp.0.weight"]),
+    ("sd3 flux chroma qwen_image flux2 hunyuan_video15", ["transformer_blocks.1.attn.to_q.weight"]),
     ("", ["conv_in.weight"]),
     ("", ["transformer_blocks.1.ff.net.0.proj.weight"]),
 )
