@@ -44,7 +44,7 @@ def draw_sigmas(rows: int, mean: float, std: float, limits: tuple[float, float],
 
 
 def prediction_loss(denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor, prediction: str,
-                    min_snr_gamma: float = 0.0) -> torch.Tensor:
+                    min_snr_gamma: float = 0.0, counts: torch.Tensor | None = None) -> torch.Tensor:
     """Mean squared error (N,) of the model's prediction, told from its estimate of the clean latents.
 
     Equal to ``mse(epsilon, noise)``, ``mse(v, alpha * noise - sigma * x0)`` or ``mse(velocity, noise - x0)`` of the
@@ -57,9 +57,14 @@ def prediction_loss(denoised: torch.Tensor, clean: torch.Tensor, sigma: torch.Te
         sigma: (N,) noise levels above 0: x0 + sigma * noise was seen, for flow (1 - sigma) * x0 + sigma * noise.
         prediction: epsilon, v or flow.
         min_snr_gamma: above 0, or 0 for the reference's loss.
+        counts: (N, 1, ...), from 0 on, what each position counts in the mean; None is all alike.
     """
     if min_snr_gamma:
         weight = SIGNAL_TO_NOISE[prediction](sigma).clamp(max=min_snr_gamma)
     else:
         weight = LOSS_WEIGHTS[prediction](sigma)
-    return weight * (denoised.float() - clean.float()).square().flatten(1).mean(1)
+    error = (denoised.float() - clean.float()).square()
+    if counts is None:
+        return weight * error.flatten(1).mean(1)
+    counts = counts.expand_as(error)
+    return weight * (error * counts).flatten(1).sum(1) / counts.flatten(1).sum(1)

@@ -220,7 +220,7 @@ def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, op
              if widths[f"width_{i}"] != widths[f"width_{i + 1}"]]
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU too
         module = ControlNeXtModule(widths, keys, operations=operations, dtype=torch.float32, scale=scale)
     if zero_convolution:
         for parameter in module.mid_convs[1].parameters():

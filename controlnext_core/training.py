@@ -4,7 +4,6 @@ A step: draw samples (``draw_rows``) and noise levels (``losses``), noise the la
 (``features``) added, and call ``Training.update`` with the loss (``losses.prediction_loss``).
 """
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from .checkpoint import is_whole
 from .layouts import solve_widths
 from .module import ControlNeXtModule
 from .patterns import matching
+from .ranks import Ranks
 
 T = TypeVar("T")
 MAX_GRADIENT_NORM = 1.0
@@ -57,7 +57,8 @@ class Training:
         ema: decay of a moving average of everything that is trained, 0 for none.
         seed: begins ``generator``, from which all random numbers of a training are to be drawn.
         warmup_steps: first steps, in which the learning rates rise to what they are.
-        accumulation: losses whose mean a step goes down.
+        accumulation: losses whose mean a step goes down, in each of the ranks.
+        ranks: the processes that train together; each averages its gradients with the others' before a step.
 
     Attributes:
         learned: {name: parameter} of the module, in the order of the optimizer.
@@ -68,7 +69,8 @@ class Training:
 
     def __init__(self, module: ControlNeXtModule, differences: Mapping[str, torch.Tensor] | None = None,
                  learning_rate: float = 1e-4, unet_learning_rate: float = 3e-5, ema: float = 0.0, seed: int = 0,
-                 warmup_steps: int = 0, accumulation: int = 1, scale_learning_rate: float = 1e-3):
+                 warmup_steps: int = 0, accumulation: int = 1, scale_learning_rate: float = 1e-3,
+                 ranks: Ranks | None = None):
         self.module = module.requires_grad_(True)
         self.differences = {name: nn.Parameter(value.detach().float().clone())
                             for name, value in (differences or {}).items()}
@@ -77,69 +79,85 @@ class Training:
         scale = {"scale": layers.pop("scale")} if "scale" in layers else {}
         self.learned = scale | layers
 
-        groups = [{"params": list(scale.values()), "lr": scale_learning_rate, "weight_decay": 0.0},
-                  {"params": list(layers.values()), "lr": learning_rate},
-                  {"params": list(self.differences.values()), "lr": unet_learning_rate}]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        groups = {
+            "scale_learning_rate": {"params": list(scale.values()), "lr": scale_learning_rate, "weight_decay": 0.0},
+            "learning_rate": {"params": list(layers.values()), "lr": learning_rate},
+            "unet_learning_rate": {"params": list(self.differences.values()), "lr": unet_learning_rate}}
+        groups = {name: group for name, group in groups.items() if group["params"]}
+        self.rates = {name: group["lr"] for name, group in groups.items()}
+        # fused, an update needs no memory, so that none can run out in its middle
+        self.optimizer = torch.optim.AdamW(list(groups.values()), fused=True)
 
         self.warmup_steps, self.accumulation = warmup_steps, accumulation
+        self.ranks = ranks or Ranks()
         self.ema = ema
         self.average = [parameter.detach().clone() for parameter in self.parameters()] if ema else None
         self.generator = torch.Generator().manual_seed(seed)
         self.step = 0
         self.losses: list[float] = []
 
+    def rates_at(self, step: int) -> dict[str, float]:
+        """{name: learning rate} of what is trained, in the update that follows so many others."""
+        warmth = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return {name: rate * warmth for name, rate in self.rates.items()}
+
     def parameters(self) -> Iterable[nn.Parameter]:
         """Everything that is trained, in the order of the optimizer."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def update(self, loss_of_batch: Callable[[], torch.Tensor]) -> float:
+    def update(self, loss_of_batch: Callable[[], torch.Tensor], pass_over: Callable[[], None] | None = None) -> float:
         """One step of the optimizer; returns the mean loss. If anything ends it early, nothing was changed.
 
         Args:
             loss_of_batch: gives a scalar loss, of another batch at every call.
+            pass_over: draws from ``generator`` what a batch of another rank draws; needed with several.
 
         Raises:
             ValueError: a loss or the norm of the gradients is not a finite number.
+            RuntimeError: another rank is gone.
         """
-        before, values = self.generator.get_state(), []
+        before, losses = self.generator.get_state(), []
         try:
-            for _ in range(self.accumulation):
+            for batch in range(self.accumulation * self.ranks.count):
+                if batch % self.ranks.count != self.ranks.own:
+                    pass_over()
+                    continue
                 loss = loss_of_batch()
-                values.append(loss.item())
-                if not math.isfinite(values[-1]):
-                    raise ValueError(f"learning_rate: the loss is {values[-1]} after {self.step} steps; {LOWER_RATES}.")
+                losses.append(loss.item())
                 (loss / self.accumulation).backward()
-            norm = nn.utils.clip_grad_norm_(self.parameters(), MAX_GRADIENT_NORM)
-            if not norm.isfinite():
-                raise ValueError(f"learning_rate: the gradients' norm is {norm.item()} after {self.step} steps; "
-                                 f"{LOWER_RATES}.")
+
+            parameters = self.parameters()
+            mean_loss = torch.tensor([fmean(losses)], dtype=torch.float32, device=parameters[0].device)
+            self.ranks.average([mean_loss, *(value.grad for value in parameters if value.grad is not None)])
+            mean_loss = fmean(losses) if self.ranks.count == 1 else mean_loss.item()
+            norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+            for what, value in (("the loss", mean_loss), ("the gradients' norm", norm.item())):
+                if not math.isfinite(value):
+                    raise ValueError(f"learning_rate: {what} is {value} after {self.step} steps; {LOWER_RATES}.")
+
+            for group, rate in zip(self.optimizer.param_groups, self.rates_at(self.step).values(), strict=True):
+                group["lr"] = rate
+            self.optimizer.step()
         except BaseException:
             self.optimizer.zero_grad()
             self.generator.set_state(before)
             raise
 
-        warmth = min(1.0, (self.step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * warmth
-
-        self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters()], 1 - self.ema)
 
         self.step += 1
-        self.losses.append(fmean(values))
-        return self.losses[-1]
+        self.losses.append(mean_loss)
+        return mean_loss
 
     def weights(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(module state dict, differences) to apply or save, as copies: the moving average where there is one.
+        """(module state dict, differences) to apply or save, on the host: the moving average where there is one.
 
         Raises:
             ValueError: the last step left numbers that are not finite.
         """
-        trained = [value.detach().clone() for value in self.average or self.parameters()]
+        trained = [_on_host(value) for value in self.average or self.parameters()]
         if not all(value.isfinite().all() for value in trained):
             raise ValueError(f"learning_rate: what was trained is not finite after {self.step} steps; {LOWER_RATES}.")
         values = iter(trained)
@@ -147,17 +165,20 @@ class Training:
                 {name: next(values) for name in self.differences})
 
     def state_dict(self) -> dict:
-        """Everything that the next step depends on, as tensors, numbers, lists and dicts of them; a copy.
+        """Everything that the next step depends on, as tensors, numbers, lists and dicts of them.
 
-        ``STATE`` says what each entry holds, ``digest`` stands for all of them.
+        A copy on the host, made tensor by tensor. ``STATE`` says what each entry holds, ``digest`` stands for all of
+        them.
         """
+        optimizer = self.optimizer.state_dict()
+        moments = {index: _all_on_host(of_one) for index, of_one in optimizer["state"].items()}
         state = {
-            "module": self.module.state_dict(),
-            "differences": {name: value.detach() for name, value in self.differences.items()},
-            "optimizer": self.optimizer.state_dict(), "average": self.average,
-            "generator": self.generator.get_state(), "step": self.step, "losses": self.losses,
+            "module": _all_on_host(self.module.state_dict()), "differences": _all_on_host(self.differences),
+            "optimizer": {**optimizer, "state": moments},
+            "average": self.average and [_on_host(value) for value in self.average],
+            "generator": self.generator.get_state(), "step": self.step, "losses": list(self.losses),
         }
-        return copy.deepcopy(state) | {"digest": digest_of(state)}
+        return state | {"digest": digest_of(state)}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from ``state_dict`` of a Training of the same module and differences; learning rates stay one's own.
@@ -190,7 +211,7 @@ class Training:
                 value.copy_(saved)
 
         # the optimizer changes what it is given in place
-        moments = {index: _copies(of_one) for index, of_one in state["optimizer"]["state"].items()}
+        moments = {index: _all_on_host(of_one) for index, of_one in state["optimizer"]["state"].items()}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.generator.set_state(state["generator"])
         self.step, self.losses = state["step"], list(state["losses"])
@@ -221,8 +242,13 @@ def digest_of(state: Mapping) -> str:
     return digest.hexdigest()
 
 
-def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in tensors.items()}
+def _all_on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: _on_host(value) for name, value in tensors.items()}
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _is_module(state: Mapping) -> bool:

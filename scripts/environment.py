@@ -36,7 +36,7 @@ TORCH_PACKAGES = ("torch", "torchvision", "torchaudio")
 CPU_PINS = ("torch==2.13.0", "torchvision==0.28.0")
 CPU_TORCHAUDIO = "torchaudio==2.11.0"
 # Playwright drives a Chromium that is there already.
-TOOLS = ("pytest", "pytest-xdist", "ruff", "matplotlib", "playwright", "comfy-cli", "comfy-test")
+TOOLS = ("pytest", "pytest-xdist", "ruff", "matplotlib", "tensorboard", "playwright", "comfy-cli", "comfy-test")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NO_CHROMIUM = ("the browser tests need a Chromium on PATH; get one with `apt-get install chromium` or install Google "
                "Chrome, so that `chromium`, `chromium-browser` or `google-chrome` starts it")

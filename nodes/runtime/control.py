@@ -22,6 +22,7 @@ class Control:
 
     Args:
         row_by_row: there is an image for each row of the batch, guidance halves included.
+        keeps: features and image parts are kept for when they are asked for again.
 
     Attributes:
         place: the Place at which its features enter.
@@ -29,8 +30,8 @@ class Control:
         taken: the denoiser got it in a call.
     """
 
-    def __init__(self, settings: Settings, resolved: Resolved, row_by_row: bool = False):
-        self.settings, self.resolved, self.row_by_row = settings, resolved, row_by_row
+    def __init__(self, settings: Settings, resolved: Resolved, row_by_row: bool = False, keeps: bool = True):
+        self.settings, self.resolved, self.row_by_row, self.keeps = settings, resolved, row_by_row, keeps
         self.loaded = settings.controlnext.loaded
         self.place, self.sampling = resolved.place, resolved.sampling
         self.wanted = self.taken = False
@@ -130,7 +131,7 @@ class Control:
 
         def kept_image_part(index: int):
             pixels = math.prod(forward.size) * self.resolved.ratio ** 2
-            if loaded.image_parts_stay(len(self.settings.image), pixels, forward.dtype):
+            if self.keeps and loaded.image_parts_stay(len(self.settings.image), pixels, forward.dtype):
                 return loaded.image_parts.get((self._images.digest(index), *where), lambda: image_part(index))
             return image_part(index)  # a video is too large: too few would stay to be worth their memory
 
@@ -141,6 +142,8 @@ class Control:
         def key():
             return tuple(map(self._images.digest, images)), *where, forward.timesteps[row], size
 
+        if not self.keeps:
+            return features()[0]
         if not loaded.features.holds(key()):
             for index in images:  # the digests are now those of the pictures that features come from
                 self._images.keep(index, forward.latent, fit_to)

@@ -80,6 +80,7 @@ class ControlNeXtControlNet(ControlNet, InRun):
         if self.previous_controlnet is not None:
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
 
+        self._run = transformer_options.get(RUN_KEY)
         forward = describe(self.model_sampling_current, self._dtype, tuple(x_noisy.shape), t, transformer_options)
         pixels = tuple(side * self.compression_ratio for side in forward.size)
         if self.cond_hint is not None and tuple(self.cond_hint.shape[-2:]) == pixels:
@@ -90,7 +91,6 @@ class ControlNeXtControlNet(ControlNet, InRun):
         else:
             control = self._control_of(self.cond_hint_original)
 
-        self._run = transformer_options.get(RUN_KEY)
         # tiles get the same transformer_options one after the other, so each takes the place of the one before
         ready = {**transformer_options.get(READY_KEY, {}), ("net", self._depth()): ready_for(control, forward)}
         transformer_options[READY_KEY] = ready
@@ -158,7 +158,8 @@ class ControlNeXtControlNet(ControlNet, InRun):
         if self._hint is not hint or self._control.row_by_row != row_by_row:
             self._note()
             settings = replace(self._settings(), image=hint.movedim(1, -1))
-            self._control, self._hint = Control(settings, self._resolved, row_by_row), hint
+            keeps = self._run is None or self._run.keeps
+            self._control, self._hint = Control(settings, self._resolved, row_by_row, keeps), hint
         return self._control
 
     def _note(self) -> None:

@@ -42,12 +42,14 @@ class Run:
         controls: {name: control} of those that sit in the MODEL.
         nets: those that hang on conditionings.
         guider: ComfyUI's, whose sampling it is; None for a call outside of a sampling.
+        keeps: features are kept for later runs; not those of a training, whose noise levels hardly come again.
     """
 
     def __init__(self, model: RunningModel, controls: Mapping[object, Control], nets: Sequence[InRun] = (),
-                 guider=None):
+                 guider=None, keeps: bool = True):
         self.model, self.controls, self.nets, self.guider = model, dict(controls), list(nets), guider
         self.model_options = guider.model_options if guider else {}
+        self.keeps = keeps
         self._admitted = {model.base_model}
         self._sigmas: list[torch.Tensor] = []
 
@@ -168,9 +170,9 @@ def call_under_control(executor, *args, **kwargs):
         run.end()
 
 
-def controls_in(model: RunningModel, options: Mapping) -> dict[object, Control]:
+def controls_in(model: RunningModel, options: Mapping, keeps: bool = True) -> dict[object, Control]:
     """{name in the run: Control} of the Settings in a MODEL's transformer_options, resolved for the one that runs."""
-    return {("model", index): Control(settings, resolve(model, settings))
+    return {("model", index): Control(settings, resolve(model, settings), keeps=keeps)
             for index, settings in enumerate(settings_in(options))}
 
 

@@ -11,7 +11,7 @@ from ...controlnext_core.sentences import quoted
 from ...controlnext_core.training import Training, faulty_entry
 from ..runtime.files import write_whole
 from ..runtime.places import PLACES
-from .session import TrainingControl
+from .control import TrainingControl
 
 FOLDER = "controlnext_training"  # in the output folder
 ENDING = ".pt"

@@ -1,6 +1,8 @@
-"""A MODEL under training: the control with gradients, the denoiser that carries it, one step, a preview."""
+"""One training, from a MODEL, samples and settings to what is trained: its steps, previews and states."""
 
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import comfy.k_diffusion.sampling
 import comfy.model_management
@@ -9,162 +11,149 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
 from ...controlnext_core.bases import BASES
 from ...controlnext_core.degradation import degraded
-from ...controlnext_core.families import Family
-from ...controlnext_core.features import control_features
 from ...controlnext_core.losses import draw_levels, draw_sigmas, prediction_loss
-from ...controlnext_core.sizes import halved
+from ...controlnext_core.ranks import Ranks
+from ...controlnext_core.release_files import with_scale
+from ...controlnext_core.sentences import quoted
 from ...controlnext_core.training import Training, draw_rows, drop_captions
-from ...controlnext_core.unet_keys import Target
-from ..runtime.control import images_of
-from ..runtime.forward import Forward
+from ...controlnext_core.unet_keys import targets_of
+from ...controlnext_core.unet_weights import match_weights
+from ..runtime.base_weights import BaseWeights, add_unet_weights
 from ..runtime.images import RESIZING
-from ..runtime.places import Place, adds_in_place, blocks_of
+from ..runtime.loaded import ControlNeXt, trained_controlnext
 from ..runtime.resolve import model_of
 from ..runtime.run import Run, controls_in
-from .data import Samples
+from .data import Data, Sample, conds_of
+from .denoiser import loaded_for_training, trainable_clone
+from .kept import read_kept, write_kept
+from .settings import DTYPES, NONE, TrainSettings
+from .start import start_control, start_differences
 from .teacher import Teacher
 
-PREFIX = "diffusion_model."
 PREVIEW_STEPS = 12
 PREDICTIONS = ((comfy.model_sampling.CONST, "flow"), (comfy.model_sampling.V_PREDICTION, "v"),
                (comfy.model_sampling.EPS, "epsilon"))
 
 
-class TrainingControl:
-    """Serves the injection as a Control does, from a batch of images and with gradients; runs the module once a batch.
-
-    Args:
-        scale: for a module that learns none of its own.
+@dataclass(frozen=True)
+class Drawn:
+    """What chance decides of one batch.
 
     Attributes:
-        place_name: of ``place``, in ``PLACES``.
-        images: (B, 3, H, W), set before each forward: one a row, or the frames of its one video.
-        acting: off, a forward goes without it and without the UNet differences that are trained with it.
+        rows: of the samples.
+        sigma: (B,) noise levels, on the denoiser's device.
+        noise: as ``Data.batch_latents``.
+        dropped: which rows take the empty caption.
+        images: (B, 3, H, W) control images; None where another rank makes them.
     """
 
-    sampling = None
-    taken = False
-
-    def __init__(self, module, family: Family, place: Place, place_name: str, scale: float):
-        self.module, self.family, self.place, self.place_name = module, family, place, place_name
-        self.scale = scale
-        self.images: torch.Tensor | None = None
-        self.acting = True
-
-    def __call__(self, forward: Forward) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if not self.acting:
-            return None
-        images, size = self.images.to(forward.device, forward.dtype), halved(forward.size, self.place.halvings)
-
-        def image_part(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.module.image_part(image, self.family.stem_padding, self.family.stem_pool)
-
-        def features_of(*images: torch.Tensor) -> torch.Tensor:
-            return control_features(self.module, self.family, map(image_part, images), forward.at, size)
-
-        if forward.video:  # in the memory of one latent frame
-            groups = [images[list(images_of(frame, self.place.images))].split(1) for frame in forward.frames]
-            features = torch.cat([checkpoint(features_of, *group, use_reentrant=False) for group in groups], 2)
-        else:
-            features = features_of(images)
-        gain, _ = self.family.gains(self.scale if self.module.scale is None else self.module.scale)
-        return features[None], features.new_ones(1, 1, 1, 1, 1) * gain
-
-
-def trainable_clone(model, control: TrainingControl, differences: dict[Target, torch.nn.Parameter], dtype: torch.dtype,
-                    checkpointing: bool):
-    """A clone of a MODEL that gradients can pass, with ``differences`` added where they belong while ``control`` acts.
-
-    All of it goes through the patcher; the weights that the clone shares with the MODEL are not touched.
-    """
-    clone = model.clone(disable_dynamic=True)
-    clone.model.requires_grad_(False)
-    clone.set_model_compute_dtype(dtype)
-    for key, weight in clone.model.named_parameters():
-        if weight.is_inference():  # loaded by a node, which autograd cannot save; a copy it can
-            if hasattr(comfy.utils.get_attr(clone.model, key.rpartition(".")[0]), "weight_function"):
-                clone.add_weight_wrapper(key, torch.clone)
-            else:  # a layer that is none of ComfyUI's own: SD3's norm of q and k
-                clone.add_object_patch(key, torch.nn.Parameter(weight.clone(), requires_grad=False))
-    for target, difference in differences.items():
-        clone.add_weight_wrapper(PREFIX + target.key, _adder(control, target, difference))
-    denoiser = clone.model.diffusion_model
-    blocks, in_place = set(blocks_of(denoiser)), adds_in_place(denoiser)
-    for name, layer in clone.model.named_modules():
-        if layer in blocks:
-            forward = _out_of_place(layer.forward) if in_place else layer.forward
-            clone.add_object_patch(f"{name}.forward", _checkpointed(forward) if checkpointing else forward)
-    return clone
-
-
-def _adder(control: TrainingControl, target: Target, difference: torch.nn.Parameter):
-    def add(weight: torch.Tensor) -> torch.Tensor:
-        if not control.acting:
-            return weight
-        return (weight.float() + target.spread(difference, len(weight))).to(weight.dtype)
-    return add
-
-
-class OutOfPlace(TorchFunctionMode):
-    """In it ``a += b`` makes another tensor: Flux's blocks add to what their norms need again for gradients."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.add_:  # PyTorch's name for it
-            return torch.Tensor.add(*args, **(kwargs or {})).to(args[0].dtype)
-        return func(*args, **(kwargs or {}))
-
-
-def _out_of_place(forward):
-    def run(*args, **kwargs):
-        with OutOfPlace():
-            return forward(*args, **kwargs)
-    return run
-
-
-def _checkpointed(forward):
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    rows: list[int]
+    sigma: torch.Tensor
+    noise: torch.Tensor
+    dropped: list[bool]
+    images: torch.Tensor | None
 
 
 class Session:
-    """Training steps on a loaded clone of a MODEL.
+    """A training, to be used as a context manager: the MODEL is loaded for it from its beginning to its end.
+
+        with Session(model, samples, TrainSettings(steps=100)) as session:
+            while session.training.step < 100:
+                session.step()
+        controlnext, trained_model = session.result()
 
     Args:
-        clone: from ``trainable_clone``, loaded.
-        control: its module is that of ``training``.
-        caption_dropout: share of captions that are replaced by the empty one.
-        min_snr_gamma: of ``prediction_loss``.
-        super_resolution: the samples' images are pictures, and control is what ``degraded`` makes of them.
-        teacher: steps are then to be made inside ``taught``.
+        model: the MODEL (a ModelPatcher); it stays as it is.
+        data: the samples.
+        settings: what is asked for.
+        controlnext: the one to train further; None begins a new one.
+        teacher: to learn from, beside the samples.
+        shown: what previews are sampled under; the first sample if None.
+        ranks: the processes that train together.
+
+    Attributes:
+        training: the state, with ``step`` and ``losses``.
+        control: what is trained, as the denoiser gets it.
 
     Raises:
-        ValueError: the MODEL predicts something unknown.
+        ValueError: settings, control and MODEL do not fit each other; one sentence that names the input.
     """
 
-    def __init__(self, clone, control: TrainingControl, training: Training, samples: Samples, batch_size: int,
-                 caption_dropout: float, min_snr_gamma: float = 0.0, super_resolution: bool = False,
-                 teacher: Teacher | None = None):
+    def __init__(self, model, data: Data, settings: TrainSettings, controlnext: ControlNeXt | None = None,
+                 teacher: Teacher | None = None, shown: Sample | None = None, ranks: Ranks | None = None):
+        if data.videos:  # one a forward: a step's others follow it, and its gradient is the same
+            settings = replace(settings, batch_size=1,
+                               grad_accumulation_steps=settings.grad_accumulation_steps * settings.batch_size)
+        self.model, self.data, self.settings, self.teacher = model, data, settings, teacher
+        self.ranks = ranks or Ranks()
+        self.shown = shown
+        self._buckets = data.buckets()
+        self._resources = ExitStack()
+
+        state, input_name = None, "controlnext"
+        if settings.resume_from != NONE:
+            state, input_name = read_kept(settings.resume_from), "resume_from"
+            controlnext = trained_controlnext(with_scale(state["module"], state["scale"]), state["family"],
+                                              settings.resume_from, state["differences"], state.get("place"))
+        with torch.inference_mode(False), torch.enable_grad():
+            self.control = start_control(model, controlnext, settings, input_name)
+            self._shapes = BaseWeights(model).shapes
+            targets = targets_of(self._shapes)
+            differences = start_differences(model, targets, self._shapes, controlnext, settings, input_name)
+            self.training = Training(
+                self.control.module, differences, learning_rate=settings.learning_rate,
+                unet_learning_rate=settings.unet_learning_rate, ema=settings.ema, seed=settings.seed,
+                warmup_steps=settings.warmup_steps, accumulation=settings.grad_accumulation_steps,
+                scale_learning_rate=settings.scale_learning_rate, ranks=self.ranks)
+            if state is not None:
+                self._go_on_from(state)
+            added = {targets[name]: value for name, value in self.training.differences.items()}
+            self.clone = trainable_clone(model, self.control, added, DTYPES[settings.training_dtype],
+                                         settings.gradient_checkpointing)
+
+    def _go_on_from(self, state: dict) -> None:
+        try:
+            self.training.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"resume_from: {quoted(self.settings.resume_from)} was trained with other settings: "
+                             f"{error}; set trainable, unet_pattern, scale_learning_rate and ema as they "
+                             "were.") from None
+
+    def __enter__(self) -> "Session":
+        with ExitStack() as entered:
+            entered.enter_context(torch.inference_mode(False))
+            entered.enter_context(torch.enable_grad())
+            entered.enter_context(loaded_for_training(self.clone, self.teacher.models() if self.teacher else []))
+            self._prepare()
+            entered.enter_context(self._taught())
+            if self.shown is not None and self.settings.preview_every:
+                self._try_shown()
+            self._resources = entered.pop_all()
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self._resources.__exit__(*raised)
+
+    def close(self) -> None:
+        """Take the training off the MODEL and free the device; what was trained stays."""
+        self._resources.close()
+
+    def _prepare(self) -> None:
+        """Know of the loaded clone what every forward needs."""
+        clone = self.clone
         self.base_model, self.device = clone.model, clone.load_device
-        self.control, self.training, self.samples = control, training, samples
-        self.batch_size, self.caption_dropout, self.min_snr_gamma = batch_size, caption_dropout, min_snr_gamma
-        self.super_resolution, self.teacher = super_resolution, teacher
-        self.buckets = samples.buckets()
         self.sampling = clone.get_model_object("model_sampling")
-        self.prediction = next((name for kind, name in PREDICTIONS if isinstance(self.sampling, kind)), None)
-        if self.prediction is None:
-            raise ValueError("model: training knows models that predict epsilon, v or flow; the connected MODEL's "
-                             f"sampling is {type(self.sampling).__mro__[2].__name__}.")
+        self.prediction = next(name for kind, name in PREDICTIONS if isinstance(self.sampling, kind))
         model, options = model_of(clone), clone.model_options["transformer_options"]
-        run = Run(model, {"trained": control, **controls_in(model, options)})
+        run = Run(model, {"trained": self.control, **controls_in(model, options, keeps=False)}, keeps=False)
         self.options = {**run.enter({**options, "wrappers": clone.wrappers}), "cond_or_uncond": [0]}
         self.previewer = latent_preview.get_previewer(self.device, self.base_model.latent_format)
 
     @contextmanager
-    def taught(self):
+    def _taught(self):
         """The teacher, if there is one, prepared for the loaded clone. ValueError: it does not fit the MODEL."""
         if self.teacher is None:
             yield
@@ -176,46 +165,89 @@ class Session:
     def _try_teacher(self) -> None:
         """One forward under the teacher, since nothing else tells whether it fits."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.samples.batch_latents([0]).shape, generator=generator).to(self.device)
+        x = torch.randn(self.data.latent_shape(0), generator=generator).to(self.device)
         sigma = self.sampling.sigmas[len(self.sampling.sigmas) // 2].to(self.device).expand(len(x))
-        self.control.images = self.control_images([0], generator)
-        alone = self.denoise_without_student(x, sigma, [0], [False])
+        self.control.images = self._control_images([0], generator)
+        conds = self._conds([0], [False])
+        untaught = self.denoise_without_student(x, sigma, conds)
         advice = "connect one that is made for the MODEL"
-        try:
-            taught = self.denoise_without_student(x, sigma, [0], [False], self.teacher)
-        except (comfy.model_management.OOM_EXCEPTION, comfy.model_management.InterruptProcessingException):
-            raise
-        except Exception as error:
-            what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"teacher: the connected CONTROL_NET does not fit the connected MODEL, a "
-                             f"{type(self.base_model).__name__} ({what}); {advice}.") from error
-        if torch.equal(taught, alone):
+        with self._told_if_it_fails("teacher: the connected CONTROL_NET", advice):
+            taught = self.denoise_without_student(x, sigma, conds, self.teacher)
+        if torch.equal(taught, untaught):
             raise ValueError(f"teacher: the connected CONTROL_NET changes nothing in what the connected MODEL, a "
                              f"{type(self.base_model).__name__}, predicts; {advice}, at a teacher_strength above 0.")
 
+    def _try_shown(self) -> None:
+        """One forward under the caption of the previews, so that none of them ends a training later."""
+        sigma = self.sampling.sigmas[-1:].to(self.device).expand(len(self.shown.latent))
+        with self._told_if_it_fails("validation_conditioning: the connected prompt", "encode it with the MODEL's CLIP"):
+            conds = conds_of(self.base_model, [self.shown.caption], [self.shown.latent], self.device)
+            self.denoise_without_student(self.shown.latent.float().to(self.device), sigma, conds)
+
+    @contextmanager
+    def _told_if_it_fails(self, what: str, advice: str):
+        """A ValueError of one sentence for whatever goes wrong in the block, but for lack of memory."""
+        try:
+            yield
+        except (comfy.model_management.OOM_EXCEPTION, comfy.model_management.InterruptProcessingException):
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{what} does not fit the connected MODEL, a {type(self.base_model).__name__} ({reason}); "
+                             f"{advice}.") from error
+
     def step(self) -> float:
-        """One update; its loss. Interrupted, it leaves the training as it was before."""
-        return self.training.update(self.loss_of_batch)
+        """One update; its loss. Whatever ends it early leaves the training as it was before."""
+        return self.training.update(self.loss_of_batch, lambda: self._draw(others=True))
 
     def loss_of_batch(self) -> torch.Tensor:
         """The mean loss of the next batch that the training's generator draws, with gradients."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        generator = self.training.generator
-        rows = draw_rows(self.buckets, self.batch_size, generator)
-        latents = self.base_model.process_latent_in(self.samples.batch_latents(rows).to(self.device))
-        sigma = self._draw_sigmas(len(rows), generator).repeat_interleave(len(latents) // len(rows)).to(self.device)
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        dropped = drop_captions(len(rows), self.caption_dropout, generator)
-        self.control.images = self.control_images(rows, generator)
-        x = self.sampling.noise_scaling(sigma, noise, latents)
+        drawn = self._draw()
+        latents = self.base_model.process_latent_in(self.data.batch_latents(drawn.rows).to(self.device))
+        conds = self._conds(drawn.rows, drawn.dropped)
+        counts = self.data.batch_weights(drawn.rows)
+        counts = None if counts is None else counts.to(self.device)
+        self._read_ahead()
+
+        noise = drawn.noise.to(self.device)
+        x = self.sampling.noise_scaling(drawn.sigma, noise, latents)
+        self.control.images = drawn.images
         # the teacher first, while no graph of the student's takes memory
-        taught = self.denoise_without_student(x, sigma, rows, dropped, self.teacher) if self.teacher else None
-        denoised = self.denoise(x, sigma, rows, dropped)
-        loss = prediction_loss(denoised, latents, sigma, self.prediction, self.min_snr_gamma)
+        taught = self.denoise_without_student(x, drawn.sigma, conds, self.teacher) if self.teacher else None
+        denoised = self.denoise(x, drawn.sigma, conds)
+
+        def loss_against(clean: torch.Tensor) -> torch.Tensor:
+            return prediction_loss(denoised, clean, drawn.sigma, self.prediction, self.settings.min_snr_gamma, counts)
+
+        loss = loss_against(latents)
         if taught is not None:
-            from_teacher = prediction_loss(denoised, taught, sigma, self.prediction, self.min_snr_gamma)
-            loss = torch.lerp(loss, from_teacher, self.teacher.share)
+            loss = torch.lerp(loss, loss_against(taught), self.teacher.share)
         return loss.mean()
+
+    def _draw(self, others: bool = False, generator: torch.Generator | None = None) -> Drawn:
+        """Draw the next batch.
+
+        Args:
+            others: it is another rank's, so that nothing of it is read.
+            generator: the training's, if it is None.
+        """
+        generator = generator or self.training.generator
+        rows = draw_rows(self._buckets, self.settings.batch_size, generator)
+        shape = self.data.latent_shape(rows[0])
+        frames = shape[0]  # 1, or those of a video in rows
+        sigma = self._draw_sigmas(len(rows), generator).repeat_interleave(frames).to(self.device)
+        noise = torch.randn((frames * len(rows), *shape[1:]), generator=generator)
+        dropped = drop_captions(len(rows), self.settings.caption_dropout, generator)
+        return Drawn(rows, sigma, noise, dropped, self._control_images(rows, generator, others))
+
+    def _read_ahead(self) -> None:
+        """Have the samples of this rank's next batch read while the denoiser runs."""
+        generator = torch.Generator()
+        generator.set_state(self.training.generator.get_state())
+        for _ in range(self.ranks.count - 1):
+            self._draw(True, generator)
+        self.data.read_ahead(draw_rows(self._buckets, self.settings.batch_size, generator))
 
     def _draw_sigmas(self, rows: int, generator: torch.Generator) -> torch.Tensor:
         """The noise level of each sample of a batch, (rows,)."""
@@ -225,28 +257,54 @@ class Session:
         return sigmas[draw_levels(rows, len(sigmas), self.prediction, generator)]
 
     def preview(self) -> tuple | None:
-        """A picture sampled under the first sample's caption and control, as ComfyUI's progress bar takes it.
+        """A picture sampled under a caption and a control, as ComfyUI's progress bar takes it.
 
         Of a video it is the first frame.
         """
         if self.previewer is None:
             return None
+        shown = self.shown or self.data.sample(0)
         sigmas = comfy.samplers.calculate_sigmas(self.sampling, "simple", PREVIEW_STEPS).to(self.device)
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.samples.batch_latents([0]).shape, generator=generator)
-        self.control.images = self.control_images([0], generator)
-        x = self.sampling.noise_scaling(sigmas[0], noise.to(self.device), torch.zeros_like(noise).to(self.device), True)
-        x0 = comfy.k_diffusion.sampling.sample_euler(lambda x, sigma: self.denoise(x, sigma, [0], [False]), x, sigmas,
+        noise = torch.randn(shown.latent.shape, generator=generator).to(self.device)
+        self.control.images = self._worn(self.data.images_of([shown]), generator)
+        conds = conds_of(self.base_model, [shown.caption], [shown.latent], self.device)
+        x = self.sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), True)
+        x0 = comfy.k_diffusion.sampling.sample_euler(lambda x, sigma: self.denoise(x, sigma, conds), x, sigmas,
                                                      disable=True)
         return self.previewer.decode_latent_to_preview_image("JPEG", x0)
 
-    def control_images(self, rows: list[int], generator: torch.Generator) -> torch.Tensor:
+    def keep(self, path: str) -> None:
+        """Write the state, from which ``resume_from`` goes on. ValueError: the disk refuses."""
+        write_kept(path, self.training, self.control)
+
+    def result(self) -> tuple:
+        """(CONTROLNEXT, the MODEL with the trained UNet weights)."""
+        weights, differences = self.training.weights()
+        name = self.settings.filename_prefix
+        controlnext = trained_controlnext(with_scale(weights, self.control.scale), self.control.family.name, name,
+                                          differences, self.control.place_name)
+        if not differences:
+            return controlnext, self.model
+        matched = match_weights(differences, name, self._shapes)
+        return controlnext, add_unet_weights(self.model, matched, "difference", 1.0)
+
+    def _conds(self, rows: Sequence[int], dropped: Sequence[bool]) -> dict[str, torch.Tensor]:
+        return self.data.batch_conds(self.base_model, rows, dropped, self.device)
+
+    def _control_images(self, rows: Sequence[int], generator: torch.Generator,
+                        others: bool = False) -> torch.Tensor | None:
         """The control images of a batch, (B, 3, H, W), B its pictures or all frames of its videos."""
-        images = self.samples.batch_images(rows)
-        if not self.super_resolution:
+        if others and not self.settings.super_resolution:
+            return None
+        return self._worn(self.data.batch_images(rows), generator)
+
+    def _worn(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The images, or for super-resolution small worn copies of them, as large again."""
+        if not self.settings.super_resolution:
             return images
         height, width = images.shape[-2:]
-        pixels = (255 * images.movedim(1, -1)).round().clamp(0, 255).byte().contiguous().numpy()
+        pixels = (255 * images.movedim(1, -1)).round().clamp(0, 255).byte().cpu().contiguous().numpy()
         small = [torch.from_numpy(degraded(picture, generator))[None].movedim(-1, 1) / 255 for picture in pixels]
         return torch.cat([comfy.utils.common_upscale(one, width, height, RESIZING, "disabled") for one in small])
 
@@ -259,15 +317,15 @@ class Session:
         finally:
             self.control.acting = True
 
-    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, rows: list[int], dropped: list[bool],
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, conds: dict[str, torch.Tensor],
                 teacher: Teacher | None = None) -> torch.Tensor:
-        """``x`` at the noise levels ``sigma`` (B,), denoised under the captions of these samples and the control.
+        """``x`` at the noise levels ``sigma`` (B,), denoised under these conds and the control.
 
         Args:
-            x: of the shape of ``Samples.batch_latents``.
-            dropped: which rows take the empty caption.
+            x: of the shape of ``Data.batch_latents``.
+            conds: ``Data.batch_conds`` for it.
             teacher: adds its own control, too.
         """
-        conds, options = self.samples.batch_conds(self.base_model, rows, dropped, self.device), dict(self.options)
+        options = dict(self.options)
         control = teacher(self.control.images, x, sigma, conds, options) if teacher else None
         return self.base_model.apply_model(x, sigma, control=control, transformer_options=options, **conds)

@@ -14,14 +14,14 @@ from ...controlnext_core.unet_keys import Target
 from ..runtime.loaded import ControlNeXt
 from ..runtime.places import places_of
 from ..runtime.resolve import base_of_model, family_of, model_of
-from .session import TrainingControl
+from .control import TrainingControl
+from .settings import WITH_UNET, TrainSettings
 
-WITH_UNET = "module and UNet weights"
 CLEAR = "clear it to train those that the reference trains"
 
 
-def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: str = "auto",
-                  learns_scale: bool = False, input_name: str = "controlnext") -> TrainingControl:
+def start_control(model, controlnext: ControlNeXt | None, settings: TrainSettings,
+                  input_name: str = "controlnext") -> TrainingControl:
     """The control to train: a new one for this MODEL, or a copy of the one to go on from.
 
     Args:
@@ -33,7 +33,7 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
     base = base_of_model(model_of(model))
     family = (family_of(model_of(model), controlnext) if controlnext
               else family_for("light", BASES[base].new_variant, base))
-    places = places_of(model_of(model).denoiser)
+    places, inject_at = places_of(model_of(model).denoiser), settings.inject_at
     if inject_at == "auto":
         inject_at = controlnext and controlnext.place or family.place
     if inject_at not in places:
@@ -41,7 +41,7 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
                          f"the connected MODEL lacks; set inject_at to {either(list(places))}.")
     place = places[inject_at]
     if controlnext is None:
-        state_dict = new_module(family, seed, out=place.channels).state_dict()
+        state_dict = new_module(family, settings.seed, out=place.channels).state_dict()
         scale = 1.0
     else:
         found = controlnext.loaded.checkpoint
@@ -51,6 +51,7 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
             raise ValueError(f"{input_name}: {quoted(controlnext.name)} gives {found.module.out_channels} channels "
                              f"where the connected MODEL takes {place.channels} at {inject_at}; connect the MODEL that "
                              "it is for, or train a new one.")
+    learns_scale = settings.scale_learning_rate > 0
     widths = solve_widths({key: value.shape for key, value in state_dict.items()})
     module = ControlNeXtModule(widths, list(state_dict), operations=comfy.ops.manual_cast, dtype=torch.float32,
                                scale=scale if learns_scale else None)
@@ -59,7 +60,7 @@ def start_control(model, controlnext: ControlNeXt | None, seed: int, inject_at: 
 
 
 def start_differences(model, names: dict[str, Target], shapes: dict[str, tuple], controlnext: ControlNeXt | None,
-                      settings, input_name: str = "controlnext") -> dict[str, torch.Tensor]:
+                      settings: TrainSettings, input_name: str = "controlnext") -> dict[str, torch.Tensor]:
     """{diffusers name: difference to start from} of the UNet weights to train.
 
     Args:

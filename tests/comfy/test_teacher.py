@@ -164,31 +164,30 @@ def test_a_chain_of_controlnets_teaches_as_it_steers(train, distance, models, te
 
 @pytest.mark.parametrize("kind, base", KINDS.items())
 def test_the_teacher_sees_each_row_s_own_image_and_nothing_of_the_student(pack, models, teachers, vae, kind, base):
-    start, run, model = pack("nodes.training.start"), pack("nodes.training.session"), models[base]
-    rows = [1, 0]
-    samples = pack("nodes.training.data").Samples(latents(model, 2), [cond(model, seed) for seed in rows],
-                                                  [picture(seed) for seed in rows], None, 8)
-    control = start.start_control(model, student(pack, base), seed=3)
-    target = next(target for name, target in targets_of(shapes(model.model.diffusion_model.state_dict())).items()
-                  if "to_out.0.weight" in name)
-    difference = torch.nn.Parameter(torch.randn(model.model.diffusion_model.get_parameter(target.key).shape))
-    clone = run.trainable_clone(model, control, {target: difference}, torch.float32, False)
+    model, rows = models[base], [1, 0]
+    samples = pack("nodes.training.data").samples_for(model, latents(model, 2), [cond(model, seed) for seed in rows],
+                                                      [picture(seed) for seed in rows])
+    settings = pack("nodes.training.settings").TrainSettings(
+        seed=3, training_dtype="fp32", unet_pattern="to_out.0.weight", gradient_checkpointing=False)
     teacher = pack("nodes.training.teacher").Teacher(teachers[kind], 1.0, 1.0, vae)
-    comfy.model_management.load_models_gpu([clone, *teacher.models()])
-    trainer = run.Session(clone, control, pack("controlnext_core.training").Training(control.module), samples, 2, 0.0,
-                      teacher=teacher)
-    x, sigma = torch.randn(2, *samples.batch_latents([0]).shape[1:]), torch.tensor([0.3, 0.9])
-    with trainer.taught():
+    x, sigma = torch.randn(2, *samples.latent_shape(0)[1:]), torch.tensor([0.3, 0.9])
+    with pack("nodes.training.session").Session(model, samples, settings, student(pack, base), teacher) as session:
+        for difference in session.training.differences.values():
+            torch.nn.init.normal_(difference)
+
+        def conds(rows):
+            return samples.batch_conds(model.model, rows, [False] * len(rows), "cpu")
+
         def taught(at):
-            control.images = samples.batch_images([rows[row] for row in at])
-            return trainer.denoise_without_student(x[at], sigma[at], [rows[row] for row in at], [False] * len(at),
-                                                    teacher)
+            session.control.images = samples.batch_images([rows[row] for row in at])
+            return session.denoise_without_student(x[at], sigma[at], conds([rows[row] for row in at]), teacher)
         together, apart = taught([0, 1]), torch.cat([taught([0]), taught([1])])
         assert torch.allclose(together, apart, atol=1e-4 * apart.std())
-        student_s = trainer.denoise(x, sigma, rows, [False, False])
-        difference.data.zero_()
+        student_s = session.denoise(x, sigma, conds(rows))
+        for difference in session.training.differences.values():
+            difference.data.zero_()
         assert torch.equal(taught([0, 1]), together)
-        assert not torch.allclose(trainer.denoise(x, sigma, rows, [False, False]), student_s, atol=1e-3)
+        assert not torch.allclose(session.denoise(x, sigma, conds(rows)), student_s, atol=1e-3)
 
 
 def test_a_union_controlnet_teaches_the_type_that_was_set(run, pack, train):

@@ -98,19 +98,16 @@ def test_a_few_steps_lower_the_loss_on_one_picture_and_leave_the_model_as_it_was
 
 def test_what_is_trained_is_what_is_applied(pack, small, unet):
     """One forward of the training and one of Apply ControlNeXt give the same."""
-    start, run = pack("nodes.training.start"), pack("nodes.training.session")
     latents, images = pictures([(8, 8)] * 2)
-    samples = pack("nodes.training.data").Samples(latents, [cond(unet, seed) for seed in (0, 1)], images, None, 8)
-    control = start.start_control(unet, small(), seed=3)
-    clone = run.trainable_clone(unet, control, {}, torch.float32, True)
-    comfy.model_management.load_models_gpu([clone])
-    training = pack("controlnext_core.training").Training(control.module)
-    denoise = run.Session(clone, control, training, samples, 2, 0.0).denoise
-    control.images = samples.batch_images([1, 0])
+    samples = pack("nodes.training.data").samples_for(unet, latents, [cond(unet, seed) for seed in (0, 1)], images)
+    settings = pack("nodes.training.settings").TrainSettings(batch_size=2, training_dtype="fp32", trainable="module")
     x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([2.0, 2.0])
-    ours = denoise(x, sigma, [1, 0], [False, False])
-    assert ours.requires_grad
-    controlnext = pack("nodes.runtime.loaded").trained_controlnext(control.module.state_dict(), "sd15", "test", {})
+    with pack("nodes.training.session").Session(unet, samples, settings, small()) as session:
+        session.control.images = samples.batch_images([1, 0])
+        conds = samples.batch_conds(unet.model, [1, 0], [False, False], "cpu")
+        ours = session.denoise(x, sigma, conds)
+        assert ours.requires_grad
+    controlnext, _ = session.result()
     for row, which in enumerate((1, 0)):
         applied = pack("nodes.apply").ControlNeXtApply.execute(unet, controlnext, images[which], 1.0, 0.0, 1.0)[0]
         options = {**applied.model_options["transformer_options"], "wrappers": applied.wrappers}
@@ -186,8 +183,9 @@ def test_for_super_resolution_control_is_a_small_copy_of_the_picture_drawn_anew_
         return copies[-1][1]
     monkeypatch.setattr(run_module, "degraded", note)
     shown = []
-    forward = run_module.TrainingControl.__call__
-    monkeypatch.setattr(run_module.TrainingControl, "__call__",
+    control_class = pack("nodes.training.control").TrainingControl
+    forward = control_class.__call__
+    monkeypatch.setattr(control_class, "__call__",
                         lambda self, call: shown.append(self.images) or forward(self, call))
     latents, images = pictures([(8, 6)])
     train(unet, latents, images, [cond(unet)], steps=3, batch_size=1, super_resolution=True)

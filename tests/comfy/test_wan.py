@@ -55,10 +55,10 @@ def video(frames: int, seed: int = 2) -> torch.Tensor:
 
 
 def test_a_video_is_trained_under_the_control_that_is_applied_to_it(pack, wan, apply):
-    with running(pack, "wan", wan, frames=3) as (run, state):
-        run.control.images = run.control_images([0], state.generator)
+    with running(pack, "wan", wan, frames=3) as (run, _):
+        run.control.images = run.data.batch_images([0])
         x, sigma = video(3), torch.tensor([0.7])
-        ours = run.denoise(x, sigma, [0], [False])
+        ours = run.denoise(x, sigma, run.data.batch_conds(wan.model, [0], [False], "cpu"))
         assert ours.requires_grad
         module = {key: value.detach() for key, value in run.control.module.state_dict().items()}
         applied = apply(wan, pack("nodes.runtime.loaded").trained_controlnext(module, "wan", "test", {}), picture(2, 9),

@@ -2,16 +2,9 @@
 
 from contextlib import contextmanager
 
-import comfy.model_management
-import comfy.model_patcher
-import pytest
 import torch
 from sampling import cond, latent
 from tokens import BASES, new_controlnext, picture_for
-
-from controlnext_core.bases import BASES as ROWS
-from controlnext_core.training import select_weights
-from controlnext_core.unet_keys import targets_of
 
 RATE = 3e-3  # of learning
 
@@ -39,27 +32,10 @@ def samples(base: str, model, frames: int = 1) -> dict:
 
 @contextmanager
 def running(pack, base: str, model, frames: int = 1, checkpointing: bool = True):
-    """(a Run on ``samples``, its Training) as the node makes them, with control after the first block if it can."""
-    training_run, training = pack("nodes.training.session"), pack("controlnext_core.training")
-    data = pack("nodes.training.data").Samples(*samples(base, model, frames).values(), None, BASES[base].ratio,
-                                               images_a_frame=BASES[base].images)
-    with torch.inference_mode(False), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("comfy.model_management.in_training", True)
-        control = pack("nodes.training.start").start_control(model, new_controlnext(pack, base), 0,
-                                                                       BASES[base].places[:2][-1])
-        shapes = {key: tuple(value.shape) for key, value in model.model.diffusion_model.state_dict().items()}
-        targets = select_weights(targets_of(shapes), ROWS[base].unet_pattern)
-        state = training.Training(control.module, {name: torch.zeros(target.shape(shapes[target.key]))
-                                                   for name, target in targets.items()}, RATE, RATE)
-        clone = training_run.trainable_clone(
-            model, control, {targets[name]: value for name, value in state.differences.items()}, torch.float32,
-            checkpointing)
-        try:
-            comfy.model_management.load_models_gpu([clone], memory_required=1e20, force_full_load=True)
-            clone.pre_run()
-            yield training_run.Session(clone, control, state, data, 1, 0.0), state
-        finally:
-            clone.cleanup()
-            comfy.model_management.unload_all_models()
-            for layer in clone.model.modules():
-                comfy.model_patcher.wipe_lowvram_weight(layer)
+    """(a Session on ``samples``, its Training) with control after the first block if it can enter there."""
+    data = pack("nodes.training.data").samples_for(model, *samples(base, model, frames).values())
+    settings = pack("nodes.training.settings").TrainSettings(
+        learning_rate=RATE, unet_learning_rate=RATE, scale_learning_rate=0.0, training_dtype="fp32",
+        inject_at=BASES[base].places[:2][-1], gradient_checkpointing=checkpointing)
+    with pack("nodes.training.session").Session(model, data, settings, new_controlnext(pack, base)) as session:
+        yield session, session.training
