@@ -79,6 +79,10 @@ TRANSFORMERS = (
     Released(name="HunyuanVideo 1.5", base="hunyuan_video15", halves=2, text=256,
              changes=dict(hidden_size=2048, num_heads=16, depth=54, mlp_ratio=4.0, context_in_dim=3584, byt5=True),
              width=832, height=480, images=121, channels=65, inputs=dict(txt_byt5=(256, 1472))),
+    Released(name="LTX-Video 0.9.8 13B", base="ltxv", halves=2, text=256,
+             changes=dict(attention_head_dim=128, num_attention_heads=32, cross_attention_dim=4096, num_layers=48,
+                          caption_channels=4096),
+             width=832, height=480, images=121, channels=128, inputs=dict(attention_mask=None)),
 )
 
 

@@ -70,6 +70,7 @@ _WAN_ATTENTION = {
     "q": ("to_q",), "k": ("to_k",), "v": ("to_v",), "o": ("to_out.0",), "norm_q": ("norm_q",), "norm_k": ("norm_k",),
     "k_img": ("add_k_proj",), "v_img": ("add_v_proj",), "norm_k_img": ("norm_added_k",),
 }
+_LTXV_NORMS = {"q_norm": ("norm_q",), "k_norm": ("norm_k",)}
 _FLUX = Names(_FLUX_TOP, {
     "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
     "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
@@ -134,6 +135,12 @@ TRANSFORMERS = {
             "self_attn.qkv": _joined("attn", _QKV), "self_attn.proj": ("attn.to_out.0",),
             "mlp.0": ("ff.net.0.proj",), "mlp.2": ("ff.net.2",), "adaLN_modulation.1": ("norm_out.linear",)}),
         }, ("final_layer.adaLN_modulation.1",)),
+    "ltxv": Names({
+        "patchify_proj": "proj_in", "adaln_single.linear": "time_embed.linear",
+        **_under("adaln_single.emb.timestep_embedder", "time_embed.emb.timestep_embedder",
+                 {"linear_1": "linear_1", "linear_2": "linear_2"}),
+    }, {"transformer_blocks": ("transformer_blocks", {
+        **_all_under("attn1", "attn1", _LTXV_NORMS), **_all_under("attn2", "attn2", _LTXV_NORMS)})}),
 }
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import comfy.model_base
 import comfy.model_patcher
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.hunyuan_video.model import HunyuanVideo
+from comfy.ldm.lightricks.model import LTXVModel
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
@@ -35,11 +37,12 @@ class Transformer:
 
     Attributes:
         bases: {ComfyUI's class of the model around it: base}, the first one that fits speaks.
-        width: attribute with the width of a token.
+        width: attribute, or one of an attribute's, with the width of a token.
         blocks: attribute with the blocks.
         others: attributes with further blocks, where no control enters.
         refiner: attribute with the blocks before them that see the picture alone, in a transformer whose blocks cannot
             be replaced: control enters after the last of these, and after a block.
+        patch: attribute like ``width``, with the latent pixels that a token stands for, or their last one.
         fill: of ``Place``, for one of this class.
         images: of ``Place``.
         adds_in_place: its blocks do, to what gradients need.
@@ -50,6 +53,7 @@ class Transformer:
     blocks: str
     others: tuple[str, ...] = ()
     refiner: str | None = None
+    patch: str = "patch_size"
     fill: Callable[[object], int | None] = lambda transformer: None
     images: int = 1
     adds_in_place: bool = False
@@ -78,6 +82,8 @@ TRANSFORMERS = {
                           fill=lambda transformer: None if transformer.ref_conv is None else 1, images=4),
     HunyuanVideo: Transformer({comfy.model_base.HunyuanVideo15: "hunyuan_video15"}, "hidden_size", "double_blocks",
                               ("single_blocks",), images=4, adds_in_place=True),
+    LTXVModel: Transformer({comfy.model_base.LTXV: "ltxv"}, "inner_dim", "transformer_blocks",
+                           patch="patchifier.patch_size", images=8, adds_in_place=True),
 }
 AFTER_SLOTS = ("noise_refiner", "double_block")  # ComfyUI's own, after a block
 # what nodes offer: of a transformer the first third of the longest, control that enters later has little left to steer
@@ -181,8 +187,9 @@ def _token_places(transformer) -> dict[str, Place]:
     So a block serves one place, and nothing enters after the last, where no block would read it.
     """
     row = _row(transformer)
-    patch = transformer.patch_size if isinstance(transformer.patch_size, int) else transformer.patch_size[-1]
-    where = getattr(transformer, row.width), patch.bit_length() - 1, row.fill(transformer), row.images
+    patch = attrgetter(row.patch)(transformer)
+    side = patch if isinstance(patch, int) else patch[-1]
+    where = attrgetter(row.width)(transformer), side.bit_length() - 1, row.fill(transformer), row.images
     points = [(TOKEN_SLOT, index) for index in range(len(getattr(transformer, row.blocks)))]
     if row.refiner:
         points = [("noise_refiner", len(getattr(transformer, row.refiner)) - 1),

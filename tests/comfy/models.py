@@ -55,6 +55,9 @@ TRANSFORMERS = {  # with real heads
         hidden_size=128, mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=0, axes_dim=[16, 56, 56], theta=256,
         patch_size=[1, 1, 1], qkv_bias=True, guidance_embed=False, byt5=False, meanflow=False, meanflow_sum=False,
         use_cond_type_embedding=True, vision_in_dim=1152)),
+    "ltxv": (comfy.supported_models.LTXV, dict(
+        image_model="ltxv", in_channels=128, cross_attention_dim=128, attention_head_dim=128, num_attention_heads=1,
+        caption_channels=40, num_layers=3)),
     "flux2": (comfy.supported_models.Flux2, dict(
         image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=40, hidden_size=128,
         mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=1, axes_dim=[32, 32, 32, 32], txt_ids_dims=[3],

@@ -84,13 +84,14 @@ def seen(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("base", ["hunyuan_video15"], indirect=True)
+@pytest.mark.parametrize("base", ["hunyuan_video15", "ltxv"], indirect=True)
 def test_control_of_a_video_that_begins_with_a_picture_is_added_as_by_hand(base, model, control, controlnext):
     given = torch.ones(1, 1, 2, 4, 4)
     given[:, :, 0] = 0.0
     extra, options = {
         "hunyuan_video15": (dict(concat_latent_image=seen(1, 32, 2, 4, 4), concat_mask=given,
                                  clip_vision_output=SimpleNamespace(last_hidden_state=seen(1, 9, 1152))), {}),
+        "ltxv": ({}, dict(noise_mask=given)),  # each token has a timestep of its own
     }[base]
     prompts, frames = (cond(model, 0, **extra), cond(model, 1, **extra)), images_of(base, 2)
     for place, block in (("tokens", 0), ("block_1", 2)):
@@ -99,3 +100,18 @@ def test_control_of_a_video_that_begins_with_a_picture_is_added_as_by_hand(base,
         controlled = control(model, controlnext, frames, *prompts, strength=0.8, inject_at=place)
         assert relative(drawn(base, *controlled, **options), expected) <= 5e-5
         assert relative(drawn(base, model, *prompts, **options), expected) > 1e-2
+
+
+@pytest.mark.parametrize("base", ["ltxv"], indirect=True)
+def test_frames_that_guide_a_video_stay_as_they_are(run, base, model, control, controlnext):
+    """They are the last ones of its latent."""
+    frames, vae = images_of(base, 5), SimpleNamespace(downscale_index_formula=(8, 32, 32),
+                                                      encode=lambda pixels: seen(1, 128, 1, 4, 4))
+    *prompts, guided = run("LTXVAddGuide", positive=conds(model)[0], negative=conds(model)[1], vae=vae,
+                           latent={"samples": empty(base, 5)}, image=picture_for(base, 3), frame_idx=32, strength=1.0)
+    latents, options = guided["samples"], dict(steps=1, noise_mask=guided["noise_mask"])
+    with by_hand(base, model, controlnext, {0: [(frames, 1.0)]}, windows=[range(5)]):
+        expected = sample(model, *prompts, latents, **options)
+    assert latents.shape[2] == 6
+    assert relative(sample(*control(model, controlnext, frames, *prompts), latents, **options), expected) <= 5e-5
+    assert relative(sample(model, *prompts, latents, **options), expected) > 1e-2

@@ -70,6 +70,7 @@ BASES = {
     "z_image": Base("layers", 0, 0, 256, fill=32),
     "wan": Base("blocks", 0, "context", 128, 1000.0, frames=2),
     "hunyuan_video15": Base("double_blocks", "img", "txt", 128, 1000.0, ratio=16, patch=1, frames=2),
+    "ltxv": Base("transformer_blocks", 0, "context", 128, ratio=32, patch=1, frames=2, images=8),
 }
 ENTERED = [(base, place) for base, row in BASES.items() for place in row.places if place != "block_0"]
 VIDEOS = [base for base, row in BASES.items() if row.frames > 1]

@@ -24,6 +24,8 @@ KEYS = (  # (bases, keys that can be of these)
     ("wan", ["blocks.0.self_attn.q.weight"]),
     ("hunyuan_video15", ["cond_type_embedding.weight", "double_blocks.0.img_mlp.0.weight"]),
     ("hunyuan_video15", ["cond_type_embed.weight", "transformer_blocks.0.attn.to_q.weight"]),
+    ("ltxv", ["patchify_proj.weight", "transformer_blocks.0.attn1.to_q.weight"]),
+    ("ltxv", ["caption_projection.linear_1.weight", "proj_in.weight", "transformer_blocks.0.attn1.to_q.weight"]),
     ("flux chroma flux2 hunyuan_video15", ["double_blocks.0.img_mlp.0.weight"]),
     ("sd3 flux chroma qwen_image flux2 hunyuan_video15", ["transformer_blocks.1.attn.to_q.weight"]),
     ("", ["conv_in.weight"]),
