@@ -83,6 +83,9 @@ TRANSFORMERS = (
              changes=dict(attention_head_dim=128, num_attention_heads=32, cross_attention_dim=4096, num_layers=48,
                           caption_channels=4096),
              width=832, height=480, images=121, channels=128, inputs=dict(attention_mask=None)),
+    Released(name="Krea 2", base="krea2", halves=2, text=256,
+             changes=dict(features=6144, heads=48, kvheads=12, multiplier=4, layers=28, tdim=256, txtdim=2560,
+                          txtlayers=12, txtheads=20, txtkvheads=20)),
 )
 
 
@@ -179,7 +182,7 @@ def transformer_step(one: Released, images_a_frame: Callable) -> Step:
     frames = (((one.images - 1) // images_a_frame(model.diffusion_model) + 1,)
               if model.latent_format.latent_dimensions == 3 else ())
     latent = empty(1, one.channels, *frames, one.height // ratio, one.width // ratio, dtype="bfloat16")
-    text_width = next(config[name] for name in sampling.CONTEXT_WIDTHS if name in config)
+    text_width = next(config[name] for name in sampling.CONTEXT_WIDTHS if name in config) * config.get("txtlayers", 1)
     context = empty(1, one.text, text_width, dtype="bfloat16")
     inputs = {name: empty(1, *value, dtype="bfloat16") if isinstance(value, tuple) else value
               for name, value in one.inputs.items()}

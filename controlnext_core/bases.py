@@ -61,6 +61,7 @@ BASES = {
         Base("wan", "Wan", r"^blocks\.\d\.attn1\.to_out", (".self_attn.q.", ".self_attn.o.", "condition_embedder.")),
         Base("hunyuan_video15", "HunyuanVideo 1.5", _FIRST_BLOCKS, ("cond_type_embed",), shared=_FLUX_SHARED),
         Base("ltxv", "LTX-Video", r"^transformer_blocks\.\d\.attn1\.to_out", ("caption_projection.", "patchify_proj.")),
+        Base("krea2", "Krea 2", _FIRST_BLOCKS, ("txtfusion.", "text_fusion."), shared=(".attn.",)),
     )
 }
 

@@ -70,6 +70,12 @@ _WAN_ATTENTION = {
     "q": ("to_q",), "k": ("to_k",), "v": ("to_v",), "o": ("to_out.0",), "norm_q": ("norm_q",), "norm_k": ("norm_k",),
     "k_img": ("add_k_proj",), "v_img": ("add_v_proj",), "norm_k_img": ("norm_added_k",),
 }
+_KREA2_BLOCK = {
+    "attn.wq": ("attn.to_q",), "attn.wk": ("attn.to_k",), "attn.wv": ("attn.to_v",), "attn.wo": ("attn.to_out.0",),
+    "attn.gate": ("attn.to_gate",), "attn.qknorm.qnorm": ("attn.norm_q",), "attn.qknorm.knorm": ("attn.norm_k",),
+    "mlp.gate": ("ff.gate",), "mlp.up": ("ff.up",), "mlp.down": ("ff.down",), "prenorm": ("norm1",),
+    "postnorm": ("norm2",),
+}
 _LTXV_NORMS = {"q_norm": ("norm_q",), "k_norm": ("norm_k",)}
 _FLUX = Names(_FLUX_TOP, {
     "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
@@ -141,6 +147,14 @@ TRANSFORMERS = {
                  {"linear_1": "linear_1", "linear_2": "linear_2"}),
     }, {"transformer_blocks": ("transformer_blocks", {
         **_all_under("attn1", "attn1", _LTXV_NORMS), **_all_under("attn2", "attn2", _LTXV_NORMS)})}),
+    "krea2": Names({
+        "first": "img_in", "tmlp.0": "time_embed.linear_1", "tmlp.2": "time_embed.linear_2", "tproj.1": "time_mod_proj",
+        "txtfusion.projector": "text_fusion.projector",
+        **_under("txtmlp", "txt_in", {"0": "norm", "1": "linear_1", "3": "linear_2"}),
+        **_under("last", "final_layer", {"norm": "norm", "linear": "linear"}),
+    }, {"blocks": ("transformer_blocks", _KREA2_BLOCK),
+        "txtfusion.layerwise_blocks": ("text_fusion.layerwise_blocks", _KREA2_BLOCK),
+        "txtfusion.refiner_blocks": ("text_fusion.refiner_blocks", _KREA2_BLOCK)}),
 }
 
 

@@ -64,6 +64,12 @@ TRANSFORMERS = {  # with real heads
         theta=2000, patch_size=1, qkv_bias=False, guidance_embed=True, global_modulation=True, mlp_silu_act=True,
         ops_bias=False, default_ref_method="index", ref_index_scale=10.0)),
 }
+if hasattr(comfy.supported_models, "Krea2"):  # bases that older versions of ComfyUI have no way into
+    TRANSFORMERS |= {
+        "krea2": (comfy.supported_models.Krea2, dict(
+            image_model="krea2", features=128, tdim=64, txtdim=40, heads=1, kvheads=1, multiplier=2, layers=3,
+            txtlayers=1, txtheads=1, txtkvheads=1, default_ref_method="index")),
+    }
 VARIANTS = {  # more of Wan
     "image to video": (comfy.supported_models.WAN21_I2V, TRANSFORMERS["wan"][1] | dict(model_type="i2v", in_dim=36)),
     "5B": (comfy.supported_models.WAN22_T2V, TRANSFORMERS["wan"][1] | dict(in_dim=48, out_dim=48)),

@@ -12,7 +12,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from sampling import cond, conds, one_call_each, picture, relative
 from tokens import BASES, BLOCK_BEHIND, ENTERED, by_hand, drawn, entering, new_controlnext, picture_for, with_reference
 
-REFERENCES = ("flux", "qwen_image", "flux2", "z_image")  # bases that take reference latents
+TAKING_REFERENCES = ("flux", "qwen_image", "flux2", "z_image", "krea2")
+REFERENCES = [base for base in TAKING_REFERENCES if base in BASES]
 
 
 @pytest.fixture(scope="module", params=BASES)

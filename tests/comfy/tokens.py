@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from models import NARROW
+from models import NARROW, TRANSFORMERS
 from sampling import conds, latent, picture, sample
 
 from controlnext_core.families import FAMILIES
@@ -32,6 +32,7 @@ class Base:
         time: the transformer's timestep at sigma 1.
         ratio: pixels that a latent pixel stands for.
         patch: latent pixels that a token stands for.
+        before: tokens of text that stand before the picture's.
         fill: the picture's tokens are the last ones, filled up to a multiple of this.
         frames: of the small model's latents, of a video: the first one is an image's.
         images: that each of the others stands for.
@@ -45,6 +46,7 @@ class Base:
     time: float = 1.0
     ratio: int = 8
     patch: int = 2
+    before: int = 0
     fill: int | None = None
     frames: int = 1
     images: int = 4
@@ -57,7 +59,7 @@ class Base:
 
     def picture_in(self, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What is before the picture's ``count`` tokens in a sequence (B, N, C), they, and what is behind them."""
-        start = tokens.shape[1] - math.ceil(count / self.fill) * self.fill if self.fill else 0
+        start = tokens.shape[1] - math.ceil(count / self.fill) * self.fill if self.fill else self.before
         return tokens[:, :start], tokens[:, start:start + count], tokens[:, start + count:]
 
 
@@ -71,7 +73,9 @@ BASES = {
     "wan": Base("blocks", 0, "context", 128, 1000.0, frames=2),
     "hunyuan_video15": Base("double_blocks", "img", "txt", 128, 1000.0, ratio=16, patch=1, frames=2),
     "ltxv": Base("transformer_blocks", 0, "context", 128, ratio=32, patch=1, frames=2, images=8),
+    "krea2": Base("blocks", 0, 0, 128, places=("tokens",), before=77),
 }
+BASES = {base: row for base, row in BASES.items() if base == "sd3" or base in TRANSFORMERS}
 ENTERED = [(base, place) for base, row in BASES.items() for place in row.places if place != "block_0"]
 VIDEOS = [base for base, row in BASES.items() if row.frames > 1]
 
