@@ -38,7 +38,8 @@ class Released:
         base: whose row the tests' models have, and ``changes`` to it.
         halves: guidance halves in a step.
         text: text tokens.
-        net: numbers of blocks of the control network that ComfyUI runs for it, that was released with it.
+        net: numbers of blocks of the control network that ComfyUI runs for it, that was released with it, if any was.
+        channels: of what it denoises, with what stands beside it.
         inputs: others that it takes: shapes, or values.
     """
 
@@ -47,10 +48,11 @@ class Released:
     halves: int
     text: int
     changes: dict
-    net: dict
+    net: dict = field(default_factory=dict)
     width: int = 1024
     height: int = 1024
     images: int = 1
+    channels: int = 16
     inputs: dict = field(default_factory=dict)
 
 
@@ -74,6 +76,16 @@ TRANSFORMERS = (
              net=dict(n_control_layers=6), inputs=dict(num_tokens=256)),
     _wan("Wan 2.1 1.3B", 30, 1536, 8960, 15),
     _wan("Wan 2.1 14B", 40, 5120, 13824, 8),
+    Released(name="HunyuanVideo 1.5", base="hunyuan_video15", halves=2, text=256,
+             changes=dict(hidden_size=2048, num_heads=16, depth=54, mlp_ratio=4.0, context_in_dim=3584, byt5=True),
+             width=832, height=480, images=121, channels=65, inputs=dict(txt_byt5=(256, 1472))),
+    Released(name="LTX-Video 0.9.8 13B", base="ltxv", halves=2, text=256,
+             changes=dict(attention_head_dim=128, num_attention_heads=32, cross_attention_dim=4096, num_layers=48,
+                          caption_channels=4096),
+             width=832, height=480, images=121, channels=128, inputs=dict(attention_mask=None)),
+    Released(name="Krea 2", base="krea2", halves=2, text=256,
+             changes=dict(features=6144, heads=48, kvheads=12, multiplier=4, layers=28, tdim=256, txtdim=2560,
+                          txtlayers=12, txtheads=20, txtkvheads=20)),
 )
 
 
@@ -159,28 +171,30 @@ def sd3_step(name: str) -> Step:
                 natives={f"{blocks} blocks": native(blocks) for blocks in SD3_NETS.get(name, ())})
 
 
-def transformer_step(one: Released) -> Step:
+def transformer_step(one: Released, images_a_frame: Callable) -> Step:
     import models
     import sampling
     import torch
     with torch.device("meta"):
         model = models.transformer_model(one.base, torch.bfloat16, **one.changes).model
     config = model.model_config.unet_config
-    frames = ((one.images - 1) // 4 + 1,) if model.latent_format.latent_dimensions == 3 else ()
-    latent = empty(1, 16, *frames, one.height // 8, one.width // 8, dtype="bfloat16")
-    text_width = next(config[name] for name in sampling.CONTEXT_WIDTHS if name in config)
+    ratio = model.latent_format.spacial_downscale_ratio
+    frames = (((one.images - 1) // images_a_frame(model.diffusion_model) + 1,)
+              if model.latent_format.latent_dimensions == 3 else ())
+    latent = empty(1, one.channels, *frames, one.height // ratio, one.width // ratio, dtype="bfloat16")
+    text_width = next(config[name] for name in sampling.CONTEXT_WIDTHS if name in config) * config.get("txtlayers", 1)
     context = empty(1, one.text, text_width, dtype="bfloat16")
     inputs = {name: empty(1, *value, dtype="bfloat16") if isinstance(value, tuple) else value
               for name, value in one.inputs.items()}
     with torch.device("meta"):
-        net = NETS[one.base]({**config, **one.net}, latent, context, inputs)
+        natives = {"": NETS[one.base]({**config, **one.net}, latent, context, inputs)} if one.net else {}
 
     def denoise():
         return model.diffusion_model(latent, empty(1, dtype="float32"), context=context, transformer_options={},
                                      **inputs)
 
     return Step(one.name, one.base, model, denoise, latent=latent,
-                image=empty(one.images, 3, one.height, one.width, dtype="bfloat16"), natives={"": net},
+                image=empty(one.images, 3, one.height, one.width, dtype="bfloat16"), natives=natives,
                 halves=one.halves, natives_denoise=one.base in NETS_THAT_DENOISE)
 
 
@@ -298,8 +312,9 @@ def report_transformers(flops: dict[Step, dict], steps: int) -> None:
     """The table of transformers, beside the control networks that ComfyUI has for them."""
     rows, data = [], {}
     for step, one in flops.items():
-        (network,) = one["natives"].values()
-        rows.append([step.title, f"{one['denoiser'] / 1e12:.1f} T", f"{network / one['denoiser']:.1%}",
+        network = one["natives"].get("")
+        rows.append([step.title, f"{one['denoiser'] / 1e12:.1f} T",
+                     "-" if network is None else f"{network / one['denoiser']:.1%}",
                      f"{one['first'] / one['denoiser']:.2%}", "0 %", f"{one['kept_bytes'] / 2 ** 20:.0f} MB"])
         data[step.name] = {"transformer": one["denoiser"], "network": network, "first": one["first"],
                            "kept_bytes": one["kept_bytes"]}
@@ -317,11 +332,11 @@ def main() -> None:
     harness.enter()
     import comfy.model_management
     comfy.model_management.in_training = True  # ComfyUI's own kernels take no tensors without data
-    places_of = harness.Pack().module("nodes.runtime.places").places_of
+    places = harness.Pack().module("nodes.runtime.places")
     with_reference = (*map(unet_step, SIZES), *map(sd3_step, SD3S))
-    transformers = map(transformer_step, TRANSFORMERS)
-    report_with_reference({step: flops_of(step, places_of, steps) for step in with_reference}, steps)
-    report_transformers({step: flops_of(step, places_of, steps) for step in transformers}, steps)
+    transformers = (transformer_step(one, places.images_a_frame) for one in TRANSFORMERS)
+    report_with_reference({step: flops_of(step, places.places_of, steps) for step in with_reference}, steps)
+    report_transformers({step: flops_of(step, places.places_of, steps) for step in transformers}, steps)
     print("A video's image parts are not kept in its first run, for they would need too much memory.")
 
 

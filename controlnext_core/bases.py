@@ -58,7 +58,10 @@ BASES = {
         Base("flux2", "Flux.2", _FIRST_BLOCKS, ("double_stream_modulation_img.",),
              shared=("time_text_embed.guidance_embedder.", *_FLUX_SHARED)),
         Base("z_image", "Z-Image", r"^layers\.\d\.attention\.to_out", (".attention.qkv.", ".attention.to_")),
-        Base("wan", "Wan", r"^blocks\.\d\.attn1\.to_out", (".self_attn.", "condition_embedder.")),
+        Base("wan", "Wan", r"^blocks\.\d\.attn1\.to_out", (".self_attn.q.", ".self_attn.o.", "condition_embedder.")),
+        Base("hunyuan_video15", "HunyuanVideo 1.5", _FIRST_BLOCKS, ("cond_type_embed",), shared=_FLUX_SHARED),
+        Base("ltxv", "LTX-Video", r"^transformer_blocks\.\d\.attn1\.to_out", ("caption_projection.", "patchify_proj.")),
+        Base("krea2", "Krea 2", _FIRST_BLOCKS, ("txtfusion.", "text_fusion."), shared=(".attn.",)),
     )
 }
 

@@ -70,6 +70,13 @@ _WAN_ATTENTION = {
     "q": ("to_q",), "k": ("to_k",), "v": ("to_v",), "o": ("to_out.0",), "norm_q": ("norm_q",), "norm_k": ("norm_k",),
     "k_img": ("add_k_proj",), "v_img": ("add_v_proj",), "norm_k_img": ("norm_added_k",),
 }
+_KREA2_BLOCK = {
+    "attn.wq": ("attn.to_q",), "attn.wk": ("attn.to_k",), "attn.wv": ("attn.to_v",), "attn.wo": ("attn.to_out.0",),
+    "attn.gate": ("attn.to_gate",), "attn.qknorm.qnorm": ("attn.norm_q",), "attn.qknorm.knorm": ("attn.norm_k",),
+    "mlp.gate": ("ff.gate",), "mlp.up": ("ff.up",), "mlp.down": ("ff.down",), "prenorm": ("norm1",),
+    "postnorm": ("norm2",),
+}
+_LTXV_NORMS = {"q_norm": ("norm_q",), "k_norm": ("norm_k",)}
 _FLUX = Names(_FLUX_TOP, {
     "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
     "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
@@ -118,6 +125,36 @@ TRANSFORMERS = {
         "ffn.0": ("ffn.net.0.proj",), "ffn.2": ("ffn.net.2",), "norm3": ("norm2",),
         **_all_under("self_attn", "attn1", _WAN_ATTENTION), **_all_under("cross_attn", "attn2", _WAN_ATTENTION),
     })}),
+    "hunyuan_video15": Names({
+        "img_in.proj": "x_embedder.proj", "cond_type_embedding": "cond_type_embed", "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear", "txt_in.input_embedder": "context_embedder.proj_in",
+        **_under("time_in", "time_embed.timestep_embedder", _EMBEDDER),
+        **_under("time_r_in", "time_embed.timestep_embedder_r", _EMBEDDER),
+        **_under("txt_in.t_embedder", "context_embedder.time_text_embed.timestep_embedder", _EMBEDDER),
+        **_under("txt_in.c_embedder", "context_embedder.time_text_embed.text_embedder", _EMBEDDER),
+        **_under("byt5_in", "context_embedder_2",
+                 {"layernorm": "norm", "fc1": "linear_1", "fc2": "linear_2", "fc3": "linear_3"}),
+        **_under("vision_in.proj", "image_embedder",
+                 {"0": "norm_in", "1": "linear_1", "3": "linear_2", "4": "norm_out"}),
+    }, {"double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
+        "txt_in.individual_token_refiner.blocks": ("context_embedder.token_refiner.refiner_blocks", {
+            "self_attn.qkv": _joined("attn", _QKV), "self_attn.proj": ("attn.to_out.0",),
+            "mlp.0": ("ff.net.0.proj",), "mlp.2": ("ff.net.2",), "adaLN_modulation.1": ("norm_out.linear",)}),
+        }, ("final_layer.adaLN_modulation.1",)),
+    "ltxv": Names({
+        "patchify_proj": "proj_in", "adaln_single.linear": "time_embed.linear",
+        **_under("adaln_single.emb.timestep_embedder", "time_embed.emb.timestep_embedder",
+                 {"linear_1": "linear_1", "linear_2": "linear_2"}),
+    }, {"transformer_blocks": ("transformer_blocks", {
+        **_all_under("attn1", "attn1", _LTXV_NORMS), **_all_under("attn2", "attn2", _LTXV_NORMS)})}),
+    "krea2": Names({
+        "first": "img_in", "tmlp.0": "time_embed.linear_1", "tmlp.2": "time_embed.linear_2", "tproj.1": "time_mod_proj",
+        "txtfusion.projector": "text_fusion.projector",
+        **_under("txtmlp", "txt_in", {"0": "norm", "1": "linear_1", "3": "linear_2"}),
+        **_under("last", "final_layer", {"norm": "norm", "linear": "linear"}),
+    }, {"blocks": ("transformer_blocks", _KREA2_BLOCK),
+        "txtfusion.layerwise_blocks": ("text_fusion.layerwise_blocks", _KREA2_BLOCK),
+        "txtfusion.refiner_blocks": ("text_fusion.refiner_blocks", _KREA2_BLOCK)}),
 }
 
 
@@ -137,7 +174,7 @@ def transformer_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
         exchanged = path in names.exchanged
         theirs = [f"{names.top.get(path, path)}.{end}"] if path else [names.top.get(key, key)]
 
-        if match := re.fullmatch(r"(\w+)\.(\d+)\.(.+)", path):
+        if match := re.fullmatch(r"([\w.]+?)\.(\d+)\.(.+)", path):
             ours, block, layer = match.groups()
             their_blocks, layers = names.blocks.get(ours, (ours, {}))
             theirs = [f"{their_blocks}.{block}.{name}.{end}" for name in layers.get(layer, (layer,))]

@@ -41,8 +41,8 @@ class ControlNeXtTrain(io.ComfyNode):
                                                 "not changed."),
                 io.Latent.Input("latents", optional=True,
                                 tooltip="The pictures, from Make Training Dataset, Resolution Bucket or VAE Encode. "
-                                        "Videos for SVD and, if you like, for Wan: each one whole, its frames from VAE"
-                                        " Encode."),
+                                        "Videos for SVD and, if you like, Wan and its like: each one whole, its frames "
+                                        "from VAE Encode."),
                 io.Conditioning.Input("conditioning", optional=True,
                                       tooltip="The captions, from the same node as the latents: one for each picture "
                                               "or each LATENT, or one for all. For SVD, the positive of "

@@ -13,6 +13,7 @@ half, twice as many as the batch of 2 that ``note_conds`` noted. The Forward has
 2 samples each. What is worked out for (cond, uncond) then serves all tiles of that size.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -51,7 +52,7 @@ class Forward:
         latent: (H, W) of the whole latent.
         size: (H, W) of the latent in this call, smaller than ``latent`` for a regional cond.
         frames: for each sample of a half, its index in the whole batch or video; for 5-D video latents, the index of
-            each latent frame in the whole video, those before a half's ``start`` too.
+            each latent frame in the whole video, those before a half's ``start`` too, without guides.
         count: samples of a half, or latent frames.
         total: samples of the whole batch or video.
         dtype, device: those of the denoiser's features.
@@ -89,12 +90,14 @@ class NotedConds:
         shape: the whole latents' shape, () where nothing is noted.
         names: the list's name for each index in ``cond_or_uncond``, None for an unknown list.
         prompts: (Half, cross-attention context (1 or B, tokens, C)) of all conds that have one.
+        guides: latent frames behind the video's own, which show the denoiser what to draw (LTX-Video's Add Guide).
     """
 
     lists: Mapping[str, Mapping[object, Half]] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
     names: tuple[str | None, ...] = ()
     prompts: tuple[tuple[Half, torch.Tensor], ...] = ()
+    guides: int = 0
 
     def half(self, index: int, uuid: object) -> Half:
         """The half that a call names by its index in ``cond_or_uncond`` and its uuid."""
@@ -119,15 +122,24 @@ def note_conds(model_options: dict, conds: Mapping[str, Sequence[dict] | None], 
         shape: the whole latents' shape.
     """
     lists: dict[str, dict] = {}
-    prompts = []
+    prompts, guides = [], 0
     for name, entries in conds.items():
         halves = lists[name] = {}
         for cond in entries or ():
             half = halves[cond.get("uuid")] = Half(name == POSITIVE, *_clamped(cond.get("area"), shape[2:]))
-            context = getattr(cond.get("model_conds", {}).get("c_crossattn"), "cond", None)
+            context = _given(cond, "c_crossattn")
             if torch.is_tensor(context):
                 prompts.append((half, context))
-    return _with_noted(model_options, NotedConds(lists, shape, prompts=tuple(prompts)))
+
+            positions = _given(cond, "keyframe_idxs")  # (B, 3, tokens, 2), a token is a latent pixel
+            if positions is not None:
+                guides = positions.shape[2] // math.prod(shape[-2:])
+    return _with_noted(model_options, NotedConds(lists, shape, prompts=tuple(prompts), guides=guides))
+
+
+def _given(cond: dict, name: str):
+    """What a cond gives the denoiser under this name, None where it does not."""
+    return getattr(cond.get("model_conds", {}).get(name), "cond", None)
 
 
 def note_order(model_options: dict, conds: Sequence[Sequence[dict] | None]) -> dict:
@@ -180,7 +192,7 @@ def describe(sampling, dtype: torch.dtype, shape: tuple[int, ...], t: torch.Tens
         whole = shape
 
     video = len(shape) == 5 and (whole[2] > 1 or options.get("context_window") is not None)
-    frames, total = _frames(whole[2] if video else samples, options, 2 if video else 0)
+    frames, total = _frames(whole[2] - noted.guides if video else samples, options, 2 if video else 0)
     count = shape[2] if video else len(frames)
 
     # the module is given 0 to 1000, of flow models too, some of which count from 0 to 1

@@ -14,7 +14,7 @@ from ...controlnext_core.cross_normalization import add_controls, add_to_tokens
 from ...controlnext_core.sizes import halved
 from .control import Control
 from .forward import Forward, describe, noted_in
-from .places import AFTER_SLOTS, MIDDLE_SLOT, NEXT_BLOCK, NEXT_SLOT, TOKEN_SLOT, Place
+from .places import AFTER_SLOTS, MIDDLE_SLOT, NEXT_BLOCK, NEXT_SLOT, POST_INPUT, TOKEN_SLOT, Place
 
 READY_KEY = "controlnext_ready"  # in a call's transformer_options: {name of a control in the run: Ready}
 ADDED_KEY = "controlnext_added"  # in a call's options or a block's arguments: the places that have had their control
@@ -58,6 +58,8 @@ class Injection:
     def __call__(self, *args):
         if self.slot in AFTER_SLOTS:
             return self._after_block(*args)
+        if self.slot == POST_INPUT:
+            return self._after_input(*args)
         if self.slot == "middle_block_after_patch":
             h, rest, options = args[0]["h"], None, args[0]["transformer_options"]
         else:  # (h, options) after an input block, (h, skip, options) before an output block
@@ -86,6 +88,10 @@ class Injection:
             return {}
         img = args["img"].clone() if args["img"].requires_grad else args["img"]  # ComfyUI writes over it
         return {"img": add_to_tokens(img, waiting, self.place.fill)}
+
+    def _after_input(self, args: dict) -> dict:
+        waiting = waiting_at(self.place, self.controls, args["transformer_options"], args["img"])
+        return {**args, "img": add_to_tokens(args["img"], waiting, self.place.fill)} if waiting else args
 
     def __deepcopy__(self, memo) -> "Injection":
         return self

@@ -1,12 +1,16 @@
 """Where control can enter a denoiser of ComfyUI, read off the model's own structure."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import comfy.model_base
 import comfy.model_patcher
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.hunyuan_video.model import HunyuanVideo
+from comfy.ldm.lightricks.model import LTXVModel
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
@@ -26,6 +30,17 @@ MIDDLE_SLOT, MIDDLE_BLOCK = (
 TOKEN_SLOT = "controlnext_tokens"  # of this pack alone: ComfyUI looks after what it holds, and a forward puts it to use
 
 
+POST_INPUT = "post_input"  # ComfyUI's own, behind the patch embedding, for a transformer's first block
+
+
+def _of_comfyui(module: str, name: str) -> type | None:
+    """A class of ComfyUI's that older versions do not have."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        return None
+
+
 @dataclass(frozen=True)
 class Transformer:
     """What there is to know of a class of ComfyUI's transformers, whose blocks ComfyUI calls ``double_block``.
@@ -34,11 +49,13 @@ class Transformer:
 
     Attributes:
         bases: {ComfyUI's class of the model around it: base}, the first one that fits speaks.
-        width: attribute with the width of a token.
+        width: attribute, or one of an attribute's, with the width of a token.
         blocks: attribute with the blocks.
         others: attributes with further blocks, where no control enters.
         refiner: attribute with the blocks before them that see the picture alone, in a transformer whose blocks cannot
             be replaced: control enters after the last of these, and after a block.
+        closed: its blocks can neither be replaced nor patched: control enters before the first one alone.
+        patch: attribute like ``width``, with the latent pixels that a token stands for, or their last one.
         fill: of ``Place``, for one of this class.
         images: of ``Place``.
         adds_in_place: its blocks do, to what gradients need.
@@ -49,6 +66,8 @@ class Transformer:
     blocks: str
     others: tuple[str, ...] = ()
     refiner: str | None = None
+    closed: bool = False
+    patch: str = "patch_size"
     fill: Callable[[object], int | None] = lambda transformer: None
     images: int = 1
     adds_in_place: bool = False
@@ -75,7 +94,15 @@ TRANSFORMERS = {
     # tokens of a reference picture stand before the video's in a model that has a layer for it
     WanModel: Transformer({comfy.model_base.WAN21: "wan"}, "dim", "blocks",
                           fill=lambda transformer: None if transformer.ref_conv is None else 1, images=4),
+    HunyuanVideo: Transformer({comfy.model_base.HunyuanVideo15: "hunyuan_video15"}, "hidden_size", "double_blocks",
+                              ("single_blocks",), images=4, adds_in_place=True),
+    LTXVModel: Transformer({comfy.model_base.LTXV: "ltxv"}, "inner_dim", "transformer_blocks",
+                           patch="patchifier.patch_size", images=8, adds_in_place=True),
+    _of_comfyui("comfy.ldm.krea2.model", "SingleStreamDiT"): Transformer(
+        {_of_comfyui("comfy.model_base", "Krea2"): "krea2"}, "first.out_features", "blocks", closed=True,
+        patch="patch"),
 }
+TRANSFORMERS.pop(None, None)  # what this version of ComfyUI does not have
 AFTER_SLOTS = ("noise_refiner", "double_block")  # ComfyUI's own, after a block
 # what nodes offer: of a transformer the first third of the longest, control that enters later has little left to steer
 PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle",
@@ -86,8 +113,9 @@ PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle",
 class Place:
     """One point of a denoiser: the slot and block of the patch that reaches it, its width, the latent's halvings there.
 
-    In ``TOKEN_SLOT`` it is the point before ``block``, in ``AFTER_SLOTS`` the one after it. There the picture is tokens
-    row by row, the first ones of all or, with ``fill``, the last ones, filled up to a multiple of it.
+    In ``TOKEN_SLOT`` and ``POST_INPUT`` it is the point before ``block``, in ``AFTER_SLOTS`` the one after it. There
+    the picture is tokens row by row, the first ones of all or, with ``fill``, the last ones, filled up to a multiple of
+    it.
     A latent frame of a video stands for ``images`` control images, the first one of all for one.
     """
 
@@ -178,12 +206,15 @@ def _token_places(transformer) -> dict[str, Place]:
     So a block serves one place, and nothing enters after the last, where no block would read it.
     """
     row = _row(transformer)
-    patch = transformer.patch_size if isinstance(transformer.patch_size, int) else transformer.patch_size[-1]
-    where = getattr(transformer, row.width), patch.bit_length() - 1, row.fill(transformer), row.images
+    patch = attrgetter(row.patch)(transformer)
+    side = patch if isinstance(patch, int) else patch[-1]
+    where = attrgetter(row.width)(transformer), side.bit_length() - 1, row.fill(transformer), row.images
     points = [(TOKEN_SLOT, index) for index in range(len(getattr(transformer, row.blocks)))]
     if row.refiner:
         points = [("noise_refiner", len(getattr(transformer, row.refiner)) - 1),
                   *(("double_block", index - 1) for _, index in points[1:])]
+    if row.closed:
+        points = [(POST_INPUT, 0)]
     names = ("tokens", *(f"block_{index}" for index in range(len(points) - 1)))
     return {name: Place(slot, ("double_block", index), *where)
             for name, (slot, index) in zip(names, points, strict=True)}

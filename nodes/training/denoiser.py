@@ -90,11 +90,16 @@ def _adder(control: TrainingControl, target: Target, difference: torch.nn.Parame
 
 
 class OutOfPlace(TorchFunctionMode):
-    """In it ``a += b`` makes another tensor: Flux's blocks add to what their norms need again for gradients."""
+    """In it ``a += b`` makes another tensor: Flux's blocks add to what their norms need again for gradients.
+
+    Those of LTX-Video also write over it where that is no assignment, so the norms get copies.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.add_:  # PyTorch's name for it
             return torch.Tensor.add(*args, **(kwargs or {})).to(args[0].dtype)
+        if func is torch.nn.functional.rms_norm:
+            args = args[0].clone(), *args[1:]
         return func(*args, **(kwargs or {}))
 
 

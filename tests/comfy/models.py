@@ -50,12 +50,26 @@ TRANSFORMERS = {  # with real heads
     "wan": (comfy.supported_models.WAN21_T2V, dict(
         image_model="wan2.1", model_type="t2v", patch_size=(1, 2, 2), in_dim=16, dim=128, ffn_dim=256, freq_dim=32,
         text_dim=40, out_dim=16, num_heads=1, num_layers=3)),
+    "hunyuan_video15": (comfy.supported_models.HunyuanVideo15, dict(
+        image_model="hunyuan_video", in_channels=65, out_channels=32, vec_in_dim=None, context_in_dim=40,
+        hidden_size=128, mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=0, axes_dim=[16, 56, 56], theta=256,
+        patch_size=[1, 1, 1], qkv_bias=True, guidance_embed=False, byt5=False, meanflow=False, meanflow_sum=False,
+        use_cond_type_embedding=True, vision_in_dim=1152)),
+    "ltxv": (comfy.supported_models.LTXV, dict(
+        image_model="ltxv", in_channels=128, cross_attention_dim=128, attention_head_dim=128, num_attention_heads=1,
+        caption_channels=40, num_layers=3)),
     "flux2": (comfy.supported_models.Flux2, dict(
         image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=40, hidden_size=128,
         mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=1, axes_dim=[32, 32, 32, 32], txt_ids_dims=[3],
         theta=2000, patch_size=1, qkv_bias=False, guidance_embed=True, global_modulation=True, mlp_silu_act=True,
         ops_bias=False, default_ref_method="index", ref_index_scale=10.0)),
 }
+if hasattr(comfy.supported_models, "Krea2"):  # bases that older versions of ComfyUI have no way into
+    TRANSFORMERS |= {
+        "krea2": (comfy.supported_models.Krea2, dict(
+            image_model="krea2", features=128, tdim=64, txtdim=40, heads=1, kvheads=1, multiplier=2, layers=3,
+            txtlayers=1, txtheads=1, txtkvheads=1, default_ref_method="index")),
+    }
 VARIANTS = {  # more of Wan
     "image to video": (comfy.supported_models.WAN21_I2V, TRANSFORMERS["wan"][1] | dict(model_type="i2v", in_dim=36)),
     "5B": (comfy.supported_models.WAN22_T2V, TRANSFORMERS["wan"][1] | dict(in_dim=48, out_dim=48)),

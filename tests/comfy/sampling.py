@@ -9,9 +9,11 @@ FRAMES = 2
 TRAINING = dict(batch_size=1, seed=1, training_dtype="fp32", trainable="module and UNet weights",
                 gradient_checkpointing=True, save_every=0, preview_every=0)  # inputs of Train ControlNeXt
 # {base: what is between batch and rows in its latents' shape}, if that is not 16 channels
-LATENTS = {"sd15": (4,), "sdxl": (4,), "svd": (4,), "qwen_image": (16, 1), "flux2": (128,), "wan": (16, 2)}
+LATENTS = {"sd15": (4,), "sdxl": (4,), "svd": (4,), "qwen_image": (16, 1), "flux2": (128,), "wan": (16, 2),
+           "hunyuan_video15": (32, 2), "ltxv": (128, 2), "krea2": (16, 1)}
 # as the denoisers' configurations name it
-CONTEXT_WIDTHS = ("context_dim", "context_in_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")
+CONTEXT_WIDTHS = ("context_dim", "context_in_dim", "joint_attention_dim", "cap_feat_dim", "text_dim",
+                  "caption_channels", "txtdim")
 
 
 def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = None, **extra) -> list:
@@ -26,6 +28,8 @@ def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = No
     if "pooled_output" not in extra and (config.get("adm_in_channels") or "vec_in_dim" in config):
         extra["pooled_output"] = torch.randn(1, config.get("vec_in_dim") or (2048 if sd3 else 1280),
                                              generator=generator)
+    if config.get("image_model") == "ltxv":  # its text encoder gives one with every prompt
+        extra.setdefault("attention_mask", torch.ones(context.shape[:2], dtype=torch.long))
     return [[context, extra]]
 
 

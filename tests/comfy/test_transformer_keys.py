@@ -10,8 +10,8 @@ from models import TRANSFORMERS, transformer_model
 from controlnext_core.unet_keys import targets_of
 
 REAL_RATIO = {"flux": {"mlp_ratio": 4.0}, "chroma": {"mlp_ratio": 4.0}}  # ComfyUI's maps have no other
-THEIRS = {"flux": comfy.utils.flux_to_diffusers, "chroma": comfy.utils.flux_to_diffusers,
-          "flux2": comfy.utils.flux_to_diffusers, "z_image": comfy.utils.z_image_to_diffusers}
+THEIRS = {"flux": "flux_to_diffusers", "chroma": "flux_to_diffusers", "flux2": "flux_to_diffusers",
+          "z_image": "z_image_to_diffusers", "krea2": "krea2_to_diffusers"}  # of comfy.utils
 
 
 def shapes_of(base: str) -> tuple[dict, dict]:
@@ -40,7 +40,7 @@ def test_the_names_of_a_transformer_agree_with_comfyui_s_own(base):
     ours = {name: (target.key, target.rows and (0, *target.rows), target.exchanged)
             for name, target in targets_of(shapes).items()}
     theirs = {name: (at, None, False) if isinstance(at, str) else (at[0], at[1], len(at) > 2)
-              for name, at in THEIRS[base](config).items()}
+              for name, at in getattr(comfy.utils, THEIRS[base])(config).items()}
     theirs = {name: at for name, at in theirs.items() if at[0] in shapes}
     both = ours.keys() & theirs.keys()
     assert {name: ours[name] for name in both} == {name: theirs[name] for name in both}

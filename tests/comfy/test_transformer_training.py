@@ -7,8 +7,8 @@ import folder_paths
 import pytest
 import torch
 from models import TRANSFORMERS
-from sampling import TRAINING, conds, picture
-from tokens import drawn, new_controlnext
+from sampling import TRAINING, conds
+from tokens import VIDEOS, drawn, new_controlnext, picture_for
 from trainings import RATE, running, samples, train_on
 
 from controlnext_core.bases import BASES
@@ -47,7 +47,8 @@ def test_training_reaches_every_tensor_and_leaves_the_model_as_it_was(base, mode
 
 
 @pytest.mark.parametrize(("base", "frames", "checkpointing"), [
-    *((base, 1, True) for base in TRANSFORMERS), ("wan", 3, True), ("flux", 1, False)], indirect=["base"])
+    *((base, 1, True) for base in TRANSFORMERS), *((base, 3, True) for base in VIDEOS),
+    ("flux", 1, False)], indirect=["base"])
 def test_gradients_are_those_of_the_loss(pack, base, model, frames, checkpointing):
     """The loss changes along them as much as they say."""
     with running(pack, base, model, frames, checkpointing) as (run, state):
@@ -93,7 +94,7 @@ def test_what_was_trained_draws_the_same_from_its_files_and_as_a_lora(base, mode
     lora = Path(output.ui.as_dict()["text"][0].split(":")[0]).name
     by_lora = run("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
     expected, from_file, from_lora, plain = (
-        drawn(base, apply(one, module, picture()), *conds(model)) for one, module in (
+        drawn(base, apply(one, module, picture_for(base)), *conds(model)) for one, module in (
             (with_weights, controlnext), (by_file, loaded), (by_lora, loaded), (model, loaded)))
     assert torch.equal(from_file, expected)
     assert torch.equal(from_lora, expected)

@@ -10,9 +10,10 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from sampling import cond, conds, one_call_each, picture, relative
-from tokens import BASES, BLOCK_BEHIND, by_hand, drawn, entering, new_controlnext, with_reference
+from tokens import BASES, BLOCK_BEHIND, ENTERED, by_hand, drawn, entering, new_controlnext, picture_for, with_reference
 
-REFERENCES = ("flux", "qwen_image", "flux2", "z_image")  # bases that take reference latents
+TAKING_REFERENCES = ("flux", "qwen_image", "flux2", "z_image", "krea2")
+REFERENCES = [base for base in TAKING_REFERENCES if base in BASES]
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -26,9 +27,9 @@ def controlnext(pack, base):
 
 
 @pytest.mark.versions
-@pytest.mark.parametrize("place", ["tokens", "block_1"])
+@pytest.mark.parametrize(("base", "place"), ENTERED, indirect=["base"])
 def test_control_is_added_to_the_tokens_as_by_hand(base, model, control, controlnext, place):
-    image = picture()
+    image = picture_for(base)
     with by_hand(base, model, controlnext, {BLOCK_BEHIND[place]: [(image, 0.8)]}):
         expected = drawn(base, model)
     controlled = control(model, controlnext, image, strength=0.8, inject_at=place)
@@ -47,26 +48,27 @@ def test_control_is_added_as_by_hand_where_a_latent_has_odd_sides(base, model, c
 @pytest.mark.parametrize("settings", [dict(strength=0.0), dict(end_percent=0.001, start_percent=0.0005)], ids=str)
 def test_control_that_is_off_changes_no_bit(base, model, control, controlnext, settings):
     options = dict(cfg=1.0, steps=3, denoise=0.5)
-    assert torch.equal(drawn(base, *control(model, controlnext, picture(), **settings), **options),
+    assert torch.equal(drawn(base, *control(model, controlnext, picture_for(base), **settings), **options),
                        drawn(base, model, **options))
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(start_percent=0.3, inject_at="block_0"), dict(end_percent=0.6, apply_to="positive")], ids=str)
+    dict(), dict(start_percent=0.3), dict(end_percent=0.6, apply_to="positive")], ids=str)
 def test_both_routes_draw_the_same(base, model, apply, hang, controlnext, settings):
-    images, (positive, negative) = picture(1, 2), conds(model)
+    images, (positive, negative) = picture_for(base, 1, 2), conds(model)
+    settings = settings | dict(inject_at=BASES[base].places[-1])
     by_model = drawn(base, apply(model, controlnext, images, **settings), batch=2, steps=3)
     by_conditioning = drawn(base, model, *hang(controlnext, images, positive, negative, **settings), batch=2, steps=3)
     assert relative(by_conditioning, by_model) <= 1e-6
     assert relative(drawn(base, model, batch=2, steps=3), by_model) > 1e-3
 
 
-@pytest.mark.parametrize("places", [("tokens", "tokens"), ("block_1", "tokens")])
+@pytest.mark.parametrize(("base", "place"), ENTERED, indirect=["base"])
 @pytest.mark.parametrize("routes", [("model", "model"), ("conditioning", "conditioning"), ("model", "conditioning")])
-def test_two_controls_act_together_in_any_order(base, model, apply, hang, controlnext, routes, places):
-    blocks, images = {}, (picture(0), picture(1))
-    for image, place in zip(images, places, strict=True):
-        blocks.setdefault(BLOCK_BEHIND[place], []).append((image, 0.6))
+def test_two_controls_act_together_in_any_order(base, model, apply, hang, controlnext, routes, place):
+    blocks, images, places = {}, (picture_for(base), picture_for(base, 1)), (place, "tokens")
+    for image, at in zip(images, places, strict=True):
+        blocks.setdefault(BLOCK_BEHIND[at], []).append((image, 0.6))
     with by_hand(base, model, controlnext, blocks):
         expected = drawn(base, model)
     asked = list(zip(routes, places, images, strict=True))
@@ -87,7 +89,7 @@ def test_text_and_reference_pictures_enter_the_first_block_untouched(base, model
         positive = with_reference(base, positive)
     with entering(base, model, 0, lambda tokens, text: entered.append((tokens.clone(), text.clone()))):
         drawn(base, model, positive, cfg=1.0)
-        drawn(base, *control(model, controlnext, picture(), positive), cfg=1.0)
+        drawn(base, *control(model, controlnext, picture_for(base), positive), cfg=1.0)
     texts = [text for _, text in entered if BASES[base].picture != BASES[base].text]
     count = 16 * BASES[base].frames
     before, picture_, behind = zip(*(BASES[base].picture_in(tokens, count) for tokens, _ in entered), strict=True)
@@ -99,17 +101,20 @@ def test_text_and_reference_pictures_enter_the_first_block_untouched(base, model
 
 @pytest.mark.parametrize("base", REFERENCES, indirect=True)
 def test_control_is_added_beside_reference_pictures_as_by_hand(base, model, control, controlnext):
-    prompts = [with_reference(base, prompt) for prompt in conds(model)]
-    with by_hand(base, model, controlnext, {0: [(picture(), 1.0)], 1: [(picture(1), 0.5)]}):
+    prompts, place = [with_reference(base, prompt) for prompt in conds(model)], BASES[base].places[-1]
+    blocks = {0: [(picture_for(base), 1.0)]}
+    blocks.setdefault(BLOCK_BEHIND[place], []).append((picture_for(base, 1), 0.5))
+    with by_hand(base, model, controlnext, blocks):
         expected = drawn(base, model, *prompts)
-    controlled = control(model, controlnext, picture(), *prompts)
-    controlled = control(controlled[0], controlnext, picture(1), *controlled[1:], strength=0.5, inject_at="block_0")
+    controlled = control(model, controlnext, picture_for(base), *prompts)
+    controlled = control(controlled[0], controlnext, picture_for(base, 1), *controlled[1:], strength=0.5,
+                         inject_at=place)
     assert relative(drawn(base, *controlled), expected) <= 5e-5
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_guidance_halves_draw_the_same_in_one_call_or_two(base, model, control, controlnext, monkeypatch, batch):
-    controlled = control(model, controlnext, picture(0, batch))
+    controlled = control(model, controlnext, picture_for(base, 0, batch))
     together = drawn(base, *controlled, batch=batch)
     one_call_each(monkeypatch, model)
     assert relative(drawn(base, *controlled, batch=batch), together) <= 1e-5
@@ -117,7 +122,7 @@ def test_guidance_halves_draw_the_same_in_one_call_or_two(base, model, control, 
 
 @pytest.mark.parametrize("base", [base for base in BASES if BASES[base].frames == 1], indirect=True)
 def test_a_mask_says_where_and_in_which_picture_control_acts(base, model, apply, controlnext):
-    image, halves, entered = picture(), torch.zeros(2, 64, 64), []
+    image, halves, entered = picture_for(base), torch.zeros(2, 64, 64), []
     halves[1, :, 32:] = 1.0
     with entering(base, model, 0, lambda tokens, _: entered.append(tokens.clone())):
         for one in (model, apply(model, controlnext, image), apply(model, controlnext, image, mask=halves)):
@@ -129,18 +134,19 @@ def test_a_mask_says_where_and_in_which_picture_control_acts(base, model, apply,
 
 
 def test_an_area_gets_its_part_of_the_control_image(run, base, model, control, controlnext):
-    unit = 128 // BASES[base].ratio  # of 8 for a latent pixel, to ComfyUI
+    unit, image = 8 * BASES[base].patch, picture_for(base)  # 8 stands for a latent pixel, to ComfyUI
+    part = image[:, BASES[base].side // 4:, BASES[base].side // 2:]
     area = run("ConditioningSetArea", conditioning=conds(model)[0], width=2 * unit, height=3 * unit, x=2 * unit, y=unit,
                strength=1.0)
-    with by_hand(base, model, controlnext, {0: [(picture()[:, 16:, 32:], 1.0)]}, grid=(3, 2)):
+    with by_hand(base, model, controlnext, {0: [(part, 1.0)]}, grid=(3, 2)):
         expected = drawn(base, model, area, area, cfg=1.0)
-    assert relative(drawn(base, *control(model, controlnext, picture(), area, area), cfg=1.0), expected) <= 5e-5
+    assert relative(drawn(base, *control(model, controlnext, image, area, area), cfg=1.0), expected) <= 5e-5
 
 
 def test_a_second_run_takes_all_features_from_the_first(base, model, control, controlnext, module_runs):
     _, runs = module_runs(controlnext)
     controlnext.loaded.features.clear()
-    first, second = (drawn(base, *control(model, controlnext, picture(3)), steps=2) for _ in range(2))
+    first, second = (drawn(base, *control(model, controlnext, picture_for(base, 3)), steps=2) for _ in range(2))
     assert len(runs) == 2
     assert torch.equal(first, second)
 

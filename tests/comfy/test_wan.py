@@ -9,8 +9,8 @@ import folder_paths
 import pytest
 import torch
 from models import small_transformer
-from sampling import LATENTS, TRAINING, cond, conds, latent, one_call_each, picture, relative, sample
-from tokens import BASES, by_hand, drawn, entering, new_controlnext, with_reference
+from sampling import LATENTS, TRAINING, cond, conds, latent, picture, relative, sample
+from tokens import BASES, by_hand, drawn, entering, new_controlnext, picture_for, with_reference
 from trainings import RATE, running, train_on, weights
 
 OUTPUT = Path(folder_paths.get_output_directory())
@@ -26,17 +26,6 @@ def for_wan(pack):
     return new_controlnext(pack, "wan")
 
 
-@pytest.mark.versions
-@pytest.mark.parametrize("images", [5, 3])
-def test_a_latent_frame_gets_the_mean_of_the_images_that_it_stands_for(wan, control, for_wan, images):
-    """Three images for five frames start again with the first."""
-    frames = picture(1, images)
-    with by_hand("wan", wan, for_wan, {0: [(frames, 1.0)]}):
-        expected = drawn("wan", wan)
-    assert relative(drawn("wan", *control(wan, for_wan, frames)), expected) <= 5e-5
-    assert relative(drawn("wan", *control(wan, for_wan, frames[:1])), expected) > 1e-2
-
-
 def test_one_latent_frame_is_a_picture_and_a_batch_of_them_takes_an_image_each(wan, control, for_wan):
     images = picture(1, 2)
     positive, negative = conds(wan)
@@ -45,32 +34,6 @@ def test_one_latent_frame_is_a_picture_and_a_batch_of_them_takes_an_image_each(w
     model, positive, negative = control(wan, for_wan, images[1:])
     assert relative(sample(model, positive, negative, alone, steps=1)[1], together[1]) <= 5e-5
     assert relative(sample(model, positive, negative, alone, steps=1)[0], together[0]) > 1e-2
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_context_windows_of_a_video_get_their_own_frames_control(run, wan, control, for_wan, causal):
-    frames = picture(1, 17)
-    windowed = run("ContextWindowsManual", model=wan, context_length=3, context_overlap=1, dim=2, freenoise=False,
-                   context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="flat",
-                   causal_window_fix=causal)
-    video = torch.zeros(1, 16, 5, 8, 8)
-    windows = [[0, 1, 2], [1, 2, 3, 4] if causal else [2, 3, 4]]
-    with by_hand("wan", wan, for_wan, {0: [(frames, 1.0)]}, windows=windows):
-        expected = sample(windowed, *conds(wan), video, steps=1)
-    assert relative(sample(*control(windowed, for_wan, frames), video, steps=1), expected) <= 5e-5
-    assert relative(sample(windowed, *conds(wan), video, steps=1), expected) > 1e-2
-
-
-def test_a_mask_of_a_video_is_the_mean_of_those_of_a_frame(wan, apply, for_wan):
-    masks, entered = torch.zeros(5, 64, 64), []
-    masks[1:3, :, 32:] = 1.0
-    with entering("wan", wan, 0, lambda tokens, _: entered.append(tokens.unflatten(1, (2, 4, 4)).clone())):
-        for model in (wan, apply(wan, for_wan, picture()), apply(wan, for_wan, picture(), mask=masks)):
-            drawn("wan", model, cfg=1.0)
-    plain, full, masked = (tokens[0] for tokens in entered)
-    assert torch.equal(masked[0], plain[0])
-    assert torch.equal(masked[1, :, :2], plain[1, :, :2])
-    assert torch.allclose(masked[1, :, 2:], (plain[1, :, 2:] + full[1, :, 2:]) / 2, atol=1e-5)
 
 
 def test_a_reference_picture_before_a_video_s_tokens_stays_as_it_is(monkeypatch, control, for_wan):
@@ -170,7 +133,7 @@ def from_picture(request, monkeypatch):
     if request.param == "5B":  # each frame has a timestep of its own
         monkeypatch.setitem(BASES, "wan", replace(BASES["wan"], ratio=16))
         monkeypatch.setitem(LATENTS, "wan", (48, 2))
-        return model, conds(model), {"noise_mask": given[..., ::2, ::2]}
+        return model, conds(model), {"noise_mask": given}
     seen = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(8))
     extra = dict(concat_latent_image=first, concat_mask=given,
                  clip_vision_output=SimpleNamespace(penultimate_hidden_states=seen))
@@ -179,9 +142,9 @@ def from_picture(request, monkeypatch):
 
 def test_control_of_a_video_that_begins_with_a_picture_is_added_as_by_hand(from_picture, control, for_wan):
     model, prompts, options = from_picture
-    frames, side = picture(1, 5), 32 // BASES["wan"].ratio
+    frames = picture_for("wan", 1, 5)
     for place, block in (("tokens", 0), ("block_1", 2)):
-        with by_hand("wan", model, for_wan, {block: [(frames, 0.8)]}, grid=(side, side)):
+        with by_hand("wan", model, for_wan, {block: [(frames, 0.8)]}):
             expected = drawn("wan", model, *prompts, **options)
         controlled = control(model, for_wan, frames, *prompts, strength=0.8, inject_at=place)
         assert relative(drawn("wan", *controlled, **options), expected) <= 5e-5
@@ -190,24 +153,11 @@ def test_control_of_a_video_that_begins_with_a_picture_is_added_as_by_hand(from_
 
 def test_a_wan_that_animates_pictures_is_trained_on_videos(from_picture, train):
     model, (prompt, _), _ = from_picture
-    shape = latent("wan", 1, *[64 // BASES["wan"].ratio] * 2).shape
+    shape = latent("wan").shape
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    controlnext, loss_map, _, _ = train(model, [latents], [picture(0, 5)], prompt, steps=2)
+    controlnext, loss_map, _, _ = train(model, [latents], [picture_for("wan", 0, 5)], prompt, steps=2)
     assert loss_map["loss"][0] > 0
     assert [name for name, value in weights(controlnext).items() if not value.any()] == []
-
-
-def test_an_area_of_a_video_gets_its_frames_control(run, wan, control, for_wan, monkeypatch):
-    """Two areas, of other frames each, in one call of the transformer."""
-    frames, prompt = picture(1, 13), conds(wan)[0]
-    areas = [run("ConditioningSetAreaPercentageVideo", conditioning=prompt, temporal=0.5, height=1.0, width=0.5,
-                 z=start, y=0.0, x=0.5, strength=1.0) for start in (0.0, 0.5)]
-    prompt = [*areas[0], *areas[1]]
-    together = sample(*control(wan, for_wan, frames, prompt, prompt), torch.zeros(1, 16, 4, 8, 8), steps=1)
-    one_call_each(monkeypatch, wan)
-    with by_hand("wan", wan, for_wan, {0: [(frames[:, :, 32:], 1.0)]}, grid=(4, 2), windows=[[2, 3], [0, 1]]):
-        expected = sample(wan, prompt, prompt, torch.zeros(1, 16, 4, 8, 8), steps=1)
-    assert relative(together, expected) <= 5e-5
 
 
 @pytest.mark.parametrize(("shown", "same"), [(range(5, 13), "full"), (range(5), "plain")])

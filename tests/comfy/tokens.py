@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from models import NARROW
-from sampling import conds, latent, sample
+from models import NARROW, TRANSFORMERS
+from sampling import conds, latent, picture, sample
 
 from controlnext_core.families import FAMILIES
 from controlnext_core.module import new_module
@@ -32,8 +32,11 @@ class Base:
         time: the transformer's timestep at sigma 1.
         ratio: pixels that a latent pixel stands for.
         patch: latent pixels that a token stands for.
+        before: tokens of text that stand before the picture's.
         fill: the picture's tokens are the last ones, filled up to a multiple of this.
-        frames: of the small model's latents, of a video: the first one is an image's, others are four images'.
+        frames: of the small model's latents, of a video: the first one is an image's.
+        images: that each of the others stands for.
+        places: where control can enter, of those in BLOCK_BEHIND and the point behind the first block.
     """
 
     blocks: str
@@ -43,12 +46,20 @@ class Base:
     time: float = 1.0
     ratio: int = 8
     patch: int = 2
+    before: int = 0
     fill: int | None = None
     frames: int = 1
+    images: int = 4
+    places: tuple[str, ...] = ("tokens", "block_0", "block_1")
+
+    @property
+    def side(self) -> int:
+        """Pixels of a picture of 4 x 4 tokens."""
+        return 4 * self.patch * self.ratio
 
     def picture_in(self, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What is before the picture's ``count`` tokens in a sequence (B, N, C), they, and what is behind them."""
-        start = tokens.shape[1] - math.ceil(count / self.fill) * self.fill if self.fill else 0
+        start = tokens.shape[1] - math.ceil(count / self.fill) * self.fill if self.fill else self.before
         return tokens[:, :start], tokens[:, start:start + count], tokens[:, start + count:]
 
 
@@ -60,7 +71,18 @@ BASES = {
     "flux2": Base("double_blocks", "img", "txt", 128, ratio=16, patch=1),
     "z_image": Base("layers", 0, 0, 256, fill=32),
     "wan": Base("blocks", 0, "context", 128, 1000.0, frames=2),
+    "hunyuan_video15": Base("double_blocks", "img", "txt", 128, 1000.0, ratio=16, patch=1, frames=2),
+    "ltxv": Base("transformer_blocks", 0, "context", 128, ratio=32, patch=1, frames=2, images=8),
+    "krea2": Base("blocks", 0, 0, 128, places=("tokens",), before=77),
 }
+BASES = {base: row for base, row in BASES.items() if base == "sd3" or base in TRANSFORMERS}
+ENTERED = [(base, place) for base, row in BASES.items() for place in row.places if place != "block_0"]
+VIDEOS = [base for base, row in BASES.items() if row.frames > 1]
+
+
+def picture_for(base: str, seed: int = 0, count: int = 1) -> torch.Tensor:
+    """Control images as large as what ``drawn`` draws."""
+    return picture(seed, count, BASES[base].side, BASES[base].side)
 
 
 def new_controlnext(pack, base: str, width: int | None = None):
@@ -70,8 +92,8 @@ def new_controlnext(pack, base: str, width: int | None = None):
 
 
 def drawn(base: str, model, positive=None, negative=None, batch=1, size=None, **options) -> torch.Tensor:
-    """A latent of (H, W), as large as ``picture()`` if not given."""
-    prompts, side = conds(model), 64 // BASES[base].ratio
+    """A latent of (H, W), as large as ``picture_for`` if not given."""
+    prompts, side = conds(model), 4 * BASES[base].patch
     return sample(model, positive or prompts[0], negative or prompts[1], latent(base, batch, *(size or (side, side))),
                   **{"cfg": 3.0, "steps": 1, **options})
 
@@ -83,11 +105,11 @@ def with_reference(base: str, positive):
     return [[context, {**extra, "reference_latents": [reference]}] for context, extra in positive]
 
 
-def module_features(controlnext, image, timestep, grid, frames) -> torch.Tensor:
+def module_features(controlnext, image, timestep, grid, frames, images) -> torch.Tensor:
     """Normalized features as tokens, (1, frames * h * w, C); those of a latent frame are the mean of its images'."""
     tokens = []
     for frame in frames:
-        shown = [0] if frame == 0 else range(4 * frame - 3, 4 * frame + 1)
+        shown = [0] if frame == 0 else range(images * (frame - 1) + 1, images * frame + 1)
         features = controlnext.patcher.model(image[[index % len(image) for index in shown]].movedim(-1, 1), timestep, 1,
                                              True)
         features = F.adaptive_avg_pool2d(features, grid).mean(0, keepdim=True)
@@ -103,9 +125,10 @@ def entering(base: str, model, block: int, change: Callable):
 
     def hook(_, args, kwargs):
         given = {**dict(enumerate(args)), **kwargs}
-        changed = change(given[row.picture], given[row.text])
+        tokens = given[row.picture]
+        changed = change(tokens.flatten(1, -2), given[row.text])  # some keep frames, rows and columns apart
         if changed is not None:
-            given[row.picture] = changed
+            given[row.picture] = changed.view_as(tokens)
         return tuple(given[index] for index in range(len(args))), {name: given[name] for name in kwargs}
     handle = getattr(model.model.diffusion_model, row.blocks)[block].register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -124,15 +147,17 @@ def by_hand(base: str, model, controlnext, blocks: dict[int, list], grid=(4, 4),
     timestep, frames, windows = [], [], itertools.cycle(windows or [range(BASES[base].frames)])
 
     def entered(_, args):
-        timestep.append(args[1][:1].reshape(1, -1)[:, -1] * 1000 / BASES[base].time)  # given frames have one of 0
+        timestep.append(args[1][:1].reshape(1, -1).amax(1) * 1000 / BASES[base].time)  # given frames have one of 0
         frames.append(next(windows))
 
     def adding(added):
+        images = BASES[base].images
+
         def add(tokens, _):
             before, x, behind = BASES[base].picture_in(tokens, len(frames[-1]) * grid[0] * grid[1])
             mean, std = x.mean((1, 2), keepdim=True), x.std((1, 2), keepdim=True)
             x = x + sum(
-                strength * (module_features(controlnext, image, timestep[-1], grid, frames[-1]) * std + mean)
+                strength * (module_features(controlnext, image, timestep[-1], grid, frames[-1], images) * std + mean)
                 for image, strength in added)
             return torch.cat([before, x, behind], 1)
         return add

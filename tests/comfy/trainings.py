@@ -3,8 +3,8 @@
 from contextlib import contextmanager
 
 import torch
-from sampling import cond, latent, picture
-from tokens import BASES, new_controlnext
+from sampling import cond, latent
+from tokens import BASES, new_controlnext, picture_for
 
 RATE = 3e-3  # of learning
 
@@ -23,18 +23,19 @@ def weights(controlnext) -> dict[str, torch.Tensor]:
 
 def samples(base: str, model, frames: int = 1) -> dict:
     """One picture, or one video of so many latent frames, as the node takes it."""
-    shape = list(latent(base, 1, *[64 // BASES[base].ratio] * 2).shape)
+    row = BASES[base]
+    shape = list(latent(base, 1, *[4 * row.patch] * 2).shape)
     shape[2:-2] = [frames] * len(shape[2:-2])
     return {"latents": [{"samples": torch.randn(shape, generator=torch.Generator().manual_seed(2))}],
-            "conditioning": [cond(model)], "images": [picture(2, 4 * frames - 3)]}
+            "conditioning": [cond(model)], "images": [picture_for(base, 2, row.images * (frames - 1) + 1)]}
 
 
 @contextmanager
 def running(pack, base: str, model, frames: int = 1, checkpointing: bool = True):
-    """(a Session on ``samples``, its Training) with control after the first block."""
+    """(a Session on ``samples``, its Training) with control after the first block if it can enter there."""
     data = pack("nodes.training.data").samples_for(model, *samples(base, model, frames).values())
     settings = pack("nodes.training.settings").TrainSettings(
         learning_rate=RATE, unet_learning_rate=RATE, scale_learning_rate=0.0, training_dtype="fp32",
-        inject_at="block_0", gradient_checkpointing=checkpointing)
+        inject_at=BASES[base].places[:2][-1], gradient_checkpointing=checkpointing)
     with pack("nodes.training.session").Session(model, data, settings, new_controlnext(pack, base)) as session:
         yield session, session.training

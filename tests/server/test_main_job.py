@@ -42,7 +42,8 @@ CONTRACT = {
     "ControlNeXtLoader": (
         {"controlnext_name": None,
          "variant": ["auto", "sd15", "sd15_mid", "sdxl", "svd", "svd_padded", "svd_mid", "sd3", "flux", "chroma",
-                     "qwen_image", "flux2", "z_image", "wan"]},
+                     "qwen_image", "flux2", "z_image", "wan", "hunyuan_video15",
+                     "ltxv", "krea2"]},
         {},
         ["CONTROLNEXT"],
     ),
