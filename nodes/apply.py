@@ -28,8 +28,8 @@ class ControlNeXtApply(io.ComfyNode):
             display_name="Apply ControlNeXt",
             category="ControlNeXt",
             description="Makes a MODEL follow a control image; connect its output to any sampler.",
-            search_aliases=["controlnext", "controlnet", "apply controlnet", "canny control", "pose control",
-                            "pose video"],
+            search_aliases=["controlnext", "controlnet", "apply controlnet", "canny control", "edges", "lineart",
+                            "pose control", "openpose", "dwpose", "pose video", "depth control"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL to control; it is not changed."),
                 ControlNeXtType.Input("controlnext", tooltip="From Load ControlNeXt Model."),
@@ -78,7 +78,7 @@ class ControlNeXtApply(io.ComfyNode):
             resize="stretch" if resize == "auto" else resize, node_id=node_id(cls))
         running = model_of(model)
         resolve(running, settings)  # a control that does not fit is told here already, not only when the MODEL runs
-        shown = show_strength(settings).as_dict()
+        shown = show_strength(settings)
         if strength == 0.0:
             return io.NodeOutput(model, ui=shown)
         if computes_in_few_bits(running):

@@ -4,7 +4,6 @@ from comfy_api.latest import io
 
 from ..controlnext_core.bases import BASES
 from ..controlnext_core.families import FAMILIES, families_of
-from ..controlnext_core.sentences import either
 from .inputs import checked_inputs
 from .preview import show_text
 from .runtime.files import fingerprint_listed, list_files
@@ -47,9 +46,10 @@ def _describe(controlnext: ControlNeXt) -> str:
     families = families_of(controlnext.loaded.checkpoint.layout)
     if controlnext.variant != "auto":
         families = [FAMILIES[controlnext.variant]]
-    names = either(family.name for family in families)
-    bases = either(BASES[family.base].title for family in families)
     parameters = list(controlnext.loaded.checkpoint.module.parameters())
     size = sum(parameter.numel() for parameter in parameters) / 1e6
     precision = str(parameters[0].dtype).removeprefix("torch.")
-    return f"{names} for {bases}, {size:.2f} million parameters, {precision}"
+    if len(families) > 1:
+        return f"{size:.2f} million parameters, {precision}; the connected MODEL tells which family it is"
+    family, = families
+    return f"{family.name} for {BASES[family.base].title}, {size:.2f} million parameters, {precision}"
