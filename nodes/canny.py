@@ -18,7 +18,8 @@ class ControlNeXtCanny(io.ComfyNode):
             display_name="ControlNeXt Canny",
             category="ControlNeXt",
             description="Edges as the SDXL Canny weights were trained with: thresholds from the median brightness.",
-            search_aliases=["canny", "edge detection", "controlnext canny", "canny control", "outline"],
+            search_aliases=["canny", "edge detection", "controlnext canny", "canny control", "edges", "lineart",
+                            "outline"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture to take edges from."),
                 io.Combo.Input("threshold", options=["auto", "manual"], default="auto",

@@ -29,7 +29,7 @@ class ControlNeXtToControlNet(io.ComfyNode):
             description="A ControlNeXt for Apply ControlNet and everything else that takes a ControlNet: a control for "
                         "each prompt or region, tiled upscaling, detailers, chains with ControlNets.",
             search_aliases=["controlnext", "controlnet", "apply controlnet", "regional control", "tile control",
-                            "convert controlnext"],
+                            "upscale", "convert controlnext"],
             inputs=[
                 ControlNeXtType.Input("controlnext", tooltip="From Load ControlNeXt Model."),
                 inject_at_input(),
