@@ -17,14 +17,15 @@ class ControlNeXtLoader(io.ComfyNode):
             node_id="ControlNeXtLoader",
             display_name="Load ControlNeXt Model",
             category="ControlNeXt",
-            description="Loads a ControlNeXt model, the small module that reads the control image.",
+            description="Loads a ControlNeXt control model, the small network that reads the control image.",
             search_aliases=["controlnext", "controlnet", "load controlnext", "control loader"],
             inputs=[
                 io.Combo.Input("controlnext_name", options=list_files(FOLDERS),
                                tooltip="A ControlNeXt file in models/controlnext or models/controlnet (7 to 22 MB)."),
                 io.Combo.Input("variant", options=["auto", *FAMILIES], default="auto",
-                               tooltip="Which release the file is from. auto reads it off the file and the connected "
-                                       "MODEL; choose svd_padded for files from the SVD v2 training code."),
+                               tooltip="Model family of the file. auto reads it from the file and the connected "
+                                       "MODEL; choose svd_padded yourself for files trained with the authors' "
+                                       "SVD-v2-Training code."),
             ],
             outputs=[ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt.")],
             hidden=[io.Hidden.unique_id],
