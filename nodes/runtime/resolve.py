@@ -72,7 +72,7 @@ def base_of_model(model: RunningModel) -> str:
     base = base_of(model.base_model, model.denoiser)
     if base is None:
         raise ValueError(f"model: ControlNeXt steers {listed(base.title for base in BASES.values())} models; the "
-                         f"connected MODEL is a {kind_of(model.base_model, model.denoiser)}, which is not supported "
+                         f"connected MODEL is {kind_of(model.base_model, model.denoiser)}, which is not supported "
                          "yet; connect one of those.")
     return base
 

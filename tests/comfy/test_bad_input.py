@@ -244,7 +244,7 @@ def test_a_model_that_is_built_like_a_base_is_refused_by_its_name(run, apply, lo
                                 filename_prefix="refused")):
         with pytest.raises(ValueError) as raised:
             refused()
-        assert f"the connected MODEL is a {name}, which is not supported yet; connect one of" in one_sentence(raised)
+        assert f"the connected MODEL is {name}, which is not supported yet; connect one of" in one_sentence(raised)
 
 
 @pytest.mark.parametrize("base, changes", [
