@@ -74,6 +74,8 @@ def _timed(name: str, function: str, limit: float, *arguments, **settings) -> Pa
 
 PARTS = (
     _placed("normal", NO_DYNAMIC, alone=True),  # what the ways after it are compared with
+    Part("right_compiled", "right.compiled", 240),  # the longest first, since others run beside them
+    Part("right_goldens", "right.goldens", 150),
     _placed("lowvram", "--lowvram", NO_DYNAMIC),
     _placed("novram", "--novram"),
     _placed("highvram", "--highvram"),
@@ -84,9 +86,7 @@ PARTS = (
     _placed("two_streams_blocking", "--async-offload", "2", NO_DYNAMIC, environment={"CUDA_LAUNCH_BLOCKING": "1"}),
     _placed("channels_last", "--force-channels-last", NO_DYNAMIC, most=ROUNDED),
     _placed("fast", NO_DYNAMIC, "--fast", most=ROUNDED),
-    Part("right_goldens", "right.goldens", 150),
     Part("right_precision", "right.precision", 90),
-    Part("right_compiled", "right.compiled", 150),
     Part("right_memory", "memory.twenty_runs", 60),
     Part("right_resumed", "training.resumed", 60),
     _timed("right_out_of_memory", "memory.brim", 45, environment={"CONTROLNEXT_CACHE_MB": "2048"}),

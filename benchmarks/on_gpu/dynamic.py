@@ -6,7 +6,7 @@ from __future__ import annotations
 def before_torch() -> None:
     """Load the library, which must come before torch. In the Python that runs ComfyUI."""
     import comfy_aimdo.control
-    comfy_aimdo.control.init()
+    comfy_aimdo.control.init(nvml_pressure=True)
 
 
 def start() -> None:

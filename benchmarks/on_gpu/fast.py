@@ -164,13 +164,12 @@ def steps(work: Work, name: str, compiled: bool = False) -> None:
         work.note(f"{way}: whole step above the denoiser's", step / alone - 1, unit="%",
                   most=goal if compiled else None)
         above = step / alone - 1 if compiled else own / alone
-        if goal is not None and (above > goal or work.small):
+        if goal is not None and above > goal and not (work.small and compiled):
             work.note(f"{way}: profile of {PROFILED} steps", "written", alone=profile_of(bench, ALONE),
                       controlled=profile_of(bench, way))
     reference = measured[REFERENCE][1] if REFERENCE in measured else reference_apart(work, bench)
     work.note("first run: control's own time, of the reference's way", measured[FIRST][1] / reference,
               most=OF_REFERENCE, reference=reference, apart=REFERENCE not in measured)
-    work.note("finite", bool(torch.isfinite(bench.output).all()), clocks=clocks())
 
 
 def measure(work: Work, bench: Bench, way: str) -> tuple[float, float]:
@@ -183,7 +182,8 @@ def measure(work: Work, bench: Bench, way: str) -> tuple[float, float]:
     whole, own = zip(*bench.sample(way), strict=True)
     step = a_step(whole)
     work.note(f"{way}: a step", step, unit="ms", control=a_step(own), steps=whole, control_of_steps=own,
-              warmed_up_in=warm, clocks=clocks(), peak=torch.cuda.max_memory_allocated() if CUDA else None,
+              warmed_up_in=warm, clocks=clocks(), finite=bool(torch.isfinite(bench.output).all()),
+              peak=torch.cuda.max_memory_allocated() if CUDA else None,
               kept=len(bench.case.controlnext.loaded.features.kept()))
     return step, a_step(own)
 

@@ -10,8 +10,6 @@ from on_gpu import right
 from on_gpu.device import CUDA, allocated
 from on_gpu.figures import Work
 
-from controlnext_core.bases import BASES
-
 RUNS = 20
 FAMILIES = ("sd15", "svd", "flux", "wan")
 SMALL_FAMILIES = ("sd15",)
@@ -57,7 +55,7 @@ def brim(work: Work) -> None:
     model = make_model(torch.float16 if CUDA else torch.float32)
     image = sampling.picture(0, IMAGES, side, side)
     controlled = work.pack.run("ControlNeXtApply", model=model, controlnext=controlnext, image=image, **SETTINGS)
-    latent = torch.zeros(IMAGES, *sampling.LATENTS[BASES[base].name], side // 8, side // 8)
+    latent = torch.zeros(IMAGES, *sampling.LATENTS[base], side // 8, side // 8)
 
     def picture() -> torch.Tensor:
         controlnext.loaded.features.clear()

@@ -22,8 +22,9 @@ from controlnext_core.families import FAMILIES
 MODULE_BOUND = 5e-5  # as a CPU holds it
 BARE, ROUTES = "bare", ("MODEL", "conditioning")
 ROUNDING = 1.5  # how much more control may round than the base itself does
-COMPILED = ("sd15", "sdxl", "svd", "sd3", "flux", "chroma", "qwen_image", "z_image", "wan", "flux2")
-SMALL = ("sd15",)  # families with small models
+COMPILED = ("sd15", "sdxl", "flux", "sd3", "wan", "z_image", "svd", "qwen_image", "chroma", "flux2")
+SMALL = ("sd15",)  # families of a dry run, and those that it compiles
+SMALL_COMPILED = ("wan",)
 
 
 def module_of(path: str):
@@ -147,7 +148,7 @@ def compiled(work: Work) -> None:
     """One graph for all steps, seeds and strengths under torch.compile, with the picture as without it."""
     backend, dtype = ("inductor", torch.bfloat16) if CUDA else ("eager", torch.float32)
     families = every_family(work)
-    for name in SMALL if work.small else COMPILED:
+    for name in SMALL_COMPILED if work.small else COMPILED:
         base, make_model, controlnext = families[name]
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()

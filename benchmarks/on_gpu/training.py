@@ -59,34 +59,33 @@ def measured(work: Work, name: str, weights: str | None = None) -> None:
     Args:
         weights: dtype of the MODEL's; None for that of its row.
     """
-    dtype = getattr(torch, weights) if weights and CUDA else None
-    with torch.inference_mode():  # as ComfyUI's loaders make weights
-        case = bases.make(work, name, dtype)
-    data, steps = data_of(case), 2 if work.small else WARM + TIMED
     for checkpointing in (True, False):
+        with torch.inference_mode():  # as ComfyUI's loaders make weights
+            case = bases.make(work, name, getattr(torch, weights) if weights and CUDA else None)
         if CUDA:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         what, watch = f"checkpointing {'on' if checkpointing else 'off'}", Steps()
         try:
-            train(work, case.model, data, steps, watch, gradient_checkpointing=checkpointing,
-                  training_dtype="bf16" if CUDA else "fp32", filename_prefix=f"{name}_{checkpointing}")
+            train(work, case.model, data_of(case), 2 if work.small else WARM + TIMED, watch,
+                  gradient_checkpointing=checkpointing, training_dtype="bf16" if CUDA else "fp32",
+                  filename_prefix=f"{name}_{checkpointing}")
+            fits = True
         except torch.OutOfMemoryError as error:
-            work.note(f"{what}: fits", False, error=str(error).splitlines()[0])
-            continue
+            fits = str(error).splitlines()[0]
         found = watch.seconds(0 if work.small else WARM)
-        work.note(f"{what}: a step", statistics.median(found), unit="ms", steps=found)
-        if CUDA:
-            work.note(f"{what}: peak memory", torch.cuda.max_memory_allocated(), unit="MB",
-                      reserved=torch.cuda.max_memory_reserved())
+        work.note(f"{what}: fits", fits, total=torch.cuda.get_device_properties(0).total_memory if CUDA else None)
+        work.note(f"{what}: a step", statistics.median(found) if found else None, unit="ms", steps=found)
+        work.note(f"{what}: peak memory", torch.cuda.max_memory_allocated() if CUDA else None, unit="MB",
+                  reserved=torch.cuda.max_memory_reserved() if CUDA else None)
+        del case
 
 
 def resumed(work: Work) -> None:
     """A training that is interrupted and resumed, beside one that never was, and two of these beside each other."""
     for base in RESUMED[:1] if work.small else RESUMED:
         make_model = models.small_unet if base in models.UNETS else models.small_transformer
-        with torch.inference_mode():
-            model = make_model(base)
+        model = make_model(base)
         latent = torch.randn(sampling.latent(base).shape, generator=torch.Generator().manual_seed(5))
         data = {"latents": [{"samples": latent}], "conditioning": [sampling.cond(model)],
                 "images": [sampling.picture()]}
