@@ -291,23 +291,24 @@ def _install(python: Path, comfyui: Path) -> None:
         return
     complete.unlink(missing_ok=True)
 
-    if _has_nvidia_gpu():
+    if has_nvidia_gpu():
         print("Installing Python packages for an NVIDIA GPU (about 7 GB, some minutes) ...", flush=True)
-        _pip_install(python, *packages, *TORCH_PACKAGES)
+        pip_install(python, *packages, *TORCH_PACKAGES)
     else:
         print("Installing Python packages (3 to 6 GB, some minutes) ...", flush=True)
-        _pip_install(python, *packages, *CPU_PINS)
-        _pip_install(python, "--no-deps", CPU_TORCHAUDIO)
-        _repair_torch_packages(python)
+        pip_install(python, *packages, *CPU_PINS)
+        pip_install(python, "--no-deps", CPU_TORCHAUDIO)
+        repair_torch_packages(python)
 
     if not _imports(python, "cv2"):
         print("opencv-python does not import here (its desktop libraries are missing): using opencv-python-headless.")
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "opencv-python"], check=True)
-        _pip_install(python, "opencv-python-headless")
+        pip_install(python, "opencv-python-headless")
     complete.write_text(stamp)
 
 
-def _pip_install(python: Path, *arguments: str) -> None:
+def pip_install(python: Path, *arguments: str) -> None:
+    """Install packages. SetupError: pip cannot."""
     quiet = () if sys.stdout.isatty() else ("-qq",)
     # Most modules are never imported: Python compiles the others when they first are.
     command = [python, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile", *quiet, *arguments]
@@ -315,7 +316,8 @@ def _pip_install(python: Path, *arguments: str) -> None:
         raise SetupError("pip could not install the packages (its message is above); run the command again to go on.")
 
 
-def _repair_torch_packages(python: Path) -> None:
+def repair_torch_packages(python: Path) -> None:
+    """Make torchvision and torchaudio import beside a torch that is for the processor. SetupError: they cannot."""
     """Make torchvision and torchaudio, which are built for a GPU, import beside a torch that is not."""
     if _imports(python, "torchvision, torchaudio"):
         return
@@ -339,7 +341,8 @@ def _imports(python: Path, modules: str) -> bool:
     return subprocess.run([python, "-c", f"import {modules}"], capture_output=True).returncode == 0
 
 
-def _has_nvidia_gpu() -> bool:
+def has_nvidia_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU with its driver."""
     try:
         return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
     except FileNotFoundError:
