@@ -90,7 +90,7 @@ TRANSFORMERS = {
     QwenImageTransformer2DModel: Transformer({comfy.model_base.QwenImage: "qwen_image"}, "inner_dim",
                                              "transformer_blocks"),
     NextDiT: Transformer({comfy.model_base.Lumina2: "z_image"}, "dim", "layers", ("context_refiner",), "noise_refiner",
-                         lambda transformer: transformer.pad_tokens_multiple or 1),
+                         fill=lambda transformer: transformer.pad_tokens_multiple or 1),
     # tokens of a reference picture stand before the video's in a model that has a layer for it
     WanModel: Transformer({comfy.model_base.WAN21: "wan"}, "dim", "blocks",
                           fill=lambda transformer: None if transformer.ref_conv is None else 1, images=4),
