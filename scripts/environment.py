@@ -93,7 +93,7 @@ def frontend(version: str, python: Path) -> Path:
         if not static.is_dir():
             with _partial_folder() as partial:
                 print(f"Getting ComfyUI's frontend {version} ...", flush=True)
-                _pip_install(python, "--no-deps", "--target", partial, f"comfyui-frontend-package=={version}")
+                pip_install(python, "--no-deps", "--target", partial, f"comfyui-frontend-package=={version}")
                 static.parent.mkdir(exist_ok=True)
                 (partial / "comfyui_frontend_package" / "static").rename(static)
     return static

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, proven before there is a GPU: a dry run with small models, its processes, its figures, its folder."""
+"""benchmarks/gpu.py as far as a CPU can run it: small models, small sizes, a folder that is packed and used."""
 
 import importlib
 import json
