@@ -1,4 +1,4 @@
-"""What nodes show on themselves: texts, and when control acts."""
+"""Texts and the chart of control over time, which nodes show on themselves."""
 
 import logging
 

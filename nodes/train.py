@@ -266,7 +266,7 @@ def _first(name: str, values: list):
 
 
 def _shown(data: Data, image: list | None, conditioning: list | None) -> Sample | None:
-    """What previews are sampled under, if it is not the first sample."""
+    """The sample under which previews are drawn, None for the first one of the training."""
     if not image and not conditioning:
         return None
     image = checked_image(image[0], "validation_image") if image else None

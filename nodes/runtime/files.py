@@ -94,9 +94,9 @@ def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def write_whole(path: str, input_name: str = "filename_prefix") -> Iterator[str]:
-    """Where to write a file, or a folder of files, that becomes ``path`` once the block has ended.
+    """A place to write a file, or a folder of files, that becomes ``path`` once the block has ended.
 
-    That place has no ending that is listed, in a folder of its own beside ``path``. Whatever ends the block early, that
+    It has no ending that is listed, in a folder of its own beside ``path``. Whatever ends the block early, that
     folder goes; only a process that is killed leaves it there, as ``path``, some letters and ``.part``.
 
     Raises:

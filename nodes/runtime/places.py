@@ -1,4 +1,4 @@
-"""Where control can enter a denoiser of ComfyUI, read off the model's own structure."""
+"""The places at which control can enter a denoiser of ComfyUI, read off the model's own structure."""
 
 import importlib
 from collections.abc import Callable
@@ -27,7 +27,7 @@ MIDDLE_SLOT, MIDDLE_BLOCK = (
     if hasattr(comfy.model_patcher.ModelPatcher, "set_model_middle_block_after_patch")
     else (NEXT_SLOT, NEXT_BLOCK)
 )
-TOKEN_SLOT = "controlnext_tokens"  # of this pack alone: ComfyUI looks after what it holds, and a forward puts it to use
+TOKEN_SLOT = "controlnext_tokens"  # only of this pack: ComfyUI looks after what it holds, and a forward puts it to use
 
 
 POST_INPUT = "post_input"  # ComfyUI's own, behind the patch embedding, for a transformer's first block
@@ -52,7 +52,7 @@ class Transformer:
         width: attribute, or one of an attribute's, with the width of a token.
         blocks: attribute with the blocks.
         others: attributes with further blocks, where no control enters.
-        refiner: attribute with the blocks before them that see the picture alone, in a transformer whose blocks cannot
+        refiner: attribute with the blocks before them that see only the picture, in a transformer whose blocks cannot
             be replaced: control enters after the last of these, and after a block.
         closed: its blocks can neither be replaced nor patched: control enters before the first one alone.
         patch: attribute like ``width``, with the latent pixels that a token stands for, or their last one.

@@ -40,7 +40,7 @@ class Data:
     Attributes:
         ratio: pixels of a picture that one latent pixel stands for.
         images_a_frame: control images that a latent frame of a video stands for, the first one of all for one; 1 for
-            a MODEL of pictures alone.
+            a MODEL that knows only pictures.
         empty: the CONDITIONING of an empty prompt, for dropped captions, or None.
         videos: there are videos among the samples.
         worn: control images are the pictures, to be made small and worn whenever one comes up.
@@ -97,7 +97,7 @@ class Data:
         return torch.cat([self.sample(row).latent for row in rows]).float()
 
     def batch_weights(self, rows: Sequence[int]) -> torch.Tensor | None:
-        """What each position counts in the loss: ``batch_latents`` with one channel; None where all count alike."""
+        """The weight of each position in the loss: ``batch_latents`` with one channel; None where all count alike."""
         samples = [self.sample(row) for row in rows]
         if all(sample.weight is None for sample in samples):
             return None
@@ -216,7 +216,7 @@ class Samples(Data):
                                  f"{width}x{height}; resize and crop control images exactly as the pictures.")
 
     def _latent_size(self, image: torch.Tensor) -> tuple[int, int, int]:
-        """Of a sample's control; frames that fill no latent frame are left out, as the VAE does."""
+        """(frames, height, width) of the latent that a control stands for; what fills no latent is left out."""
         frames = (len(image) - 1) // self.images_a_frame + 1
         return frames, image.shape[1] // self.ratio, image.shape[2] // self.ratio
 
@@ -266,7 +266,7 @@ def _check_latent(batch: torch.Tensor, images_a_frame: int, channels: int | None
 
 
 def _weight_of(latent: dict) -> torch.Tensor | None:
-    """What each position of a LATENT counts in the loss, of its shape but with one channel: its ``noise_mask``."""
+    """The weight of each position of a LATENT in the loss, in its shape with one channel: its ``noise_mask``."""
     mask = latent.get("noise_mask")
     if mask is None:
         return None

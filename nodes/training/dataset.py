@@ -43,7 +43,7 @@ CONTROLS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What a data set is made of.
+    """The folders, the size and the control of a data set.
 
     Attributes:
         folder: of the pictures and their captions.
@@ -294,7 +294,7 @@ class FolderData(Data):
 
 
 def tell(dataset: Dataset, encoded: int, left_out: LeftOut) -> str:
-    """What the node says of a data set; a warning in the log names what was left out."""
+    """The node's text about a data set; a warning in the log names the pictures that were left out."""
     pictures, sizes = len({row.picture for row in dataset.rows}), len({row.size for row in dataset.rows})
     text = f"{pictures} pictures in {sizes} {'size' if sizes == 1 else 'sizes'}, {encoded} of them encoded just now."
     if left_out.reasons:

@@ -1,4 +1,4 @@
-"""What VAE and CLIP made of a folder, in files of their own: encoded once, read back as a training needs it."""
+"""Pictures and captions as VAE and CLIP encode them, in files: written once, read back when a training needs them."""
 
 import json
 import os
@@ -78,10 +78,10 @@ class Folder:
                              "anew.") from error
 
     def encoder(self, kind: str, probe: torch.Tensor) -> str:
-        """A name for the encoder that made this of a probe: the one it had before, if it is the same one.
+        """The name of the encoder that made this of a probe, the same one each time.
 
-        What two encoders make of one thing tells them apart, with whatever is patched into them, where names of files
-        would not; it is compared with a tolerance, since a GPU rounds a little differently from run to run.
+        Encoders are told apart by their results, so that patches count too; they are compared with a tolerance, since a
+        GPU rounds a little differently from run to run.
         """
         probe, count = probe.float().cpu(), 0
         while self.has("encoders", f"{kind}_{count}"):
@@ -94,12 +94,12 @@ class Folder:
 
 
 def vae_probe(vae) -> torch.Tensor:
-    """What a VAE makes of a fixed picture."""
+    """A VAE's latent of a fixed picture."""
     return vae.encode(torch.rand(1, PROBE_SIZE, PROBE_SIZE, 3, generator=torch.Generator().manual_seed(0)))
 
 
 def clip_probe(clip) -> torch.Tensor:
-    """What a CLIP makes of a fixed text."""
+    """A CLIP's numbers for a fixed text."""
     tensors, _ = as_tensors(encode_text(clip, PROBE_TEXT))
     return torch.cat([tensor.float().flatten() for tensor in tensors.values()])
 

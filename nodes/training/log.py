@@ -1,4 +1,4 @@
-"""What a training writes down as it goes: a table of its losses, and TensorBoard's files where that is installed."""
+"""The log of a training: a table of its losses, and TensorBoard's files where that is installed."""
 
 import csv
 import logging

@@ -40,14 +40,14 @@ PREDICTIONS = ((comfy.model_sampling.CONST, "flow"), (comfy.model_sampling.V_PRE
 
 @dataclass(frozen=True)
 class Drawn:
-    """What chance decides of one batch.
+    """The random part of one batch.
 
     Attributes:
         rows: of the samples.
         sigma: (B,) noise levels, on the denoiser's device.
         noise: as ``Data.batch_latents``.
         dropped: which rows take the empty caption.
-        seed: of all that is drawn to wear control images.
+        seed: begins the generator that makes worn control images.
     """
 
     rows: list[int]
@@ -68,15 +68,15 @@ class Session:
     Args:
         model: the MODEL (a ModelPatcher); it stays as it is.
         data: the samples.
-        settings: what is asked for.
+        settings: those of the node.
         controlnext: the one to train further; None begins a new one.
         teacher: to learn from, beside the samples.
-        shown: what previews are sampled under; the first sample if None.
+        shown: the sample under which previews are drawn; the first one if None.
         ranks: the processes that train together.
 
     Attributes:
         training: the state, with ``step`` and ``losses``.
-        control: what is trained, as the denoiser gets it.
+        control: the trained control, as the denoiser gets it.
 
     Raises:
         ValueError: settings, control and MODEL do not fit each other; one sentence that names the input.
