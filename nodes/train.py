@@ -16,7 +16,7 @@ from .runtime.loaded import ControlNeXtType
 from .runtime.messages import send_text
 from .training.data import Data, Sample, samples_for
 from .training.dataset import FolderData
-from .training.kept import ENDING, FOLDER, free_path, list_kept, name_of, path_of
+from .training.kept import ENDING, FOLDER, free_path, list_kept, name_of, path_of, write_kept
 from .training.log import Log
 from .training.session import Session
 from .training.settings import DTYPES, NONE, WITH_UNET, TrainSettings
@@ -211,7 +211,7 @@ class ControlNeXtTrain(io.ComfyNode):
             """Keep the training, or say why not: the end of a sentence."""
             path = f"{first_part}_step_{training.step}{ENDING}"
             try:
-                session.keep(path)
+                write_kept(path, session.state())
             except ValueError as error:
                 return f"not kept; {error}"
             except Exception as error:  # a device that failed, host memory that ran out

@@ -28,7 +28,7 @@ from ..runtime.resolve import model_of
 from ..runtime.run import Run, controls_in
 from .data import Data, Sample, conds_of
 from .denoiser import loaded_for_training, trainable_clone
-from .kept import read_kept, write_kept
+from .kept import read_kept
 from .settings import DTYPES, NONE, TrainSettings
 from .start import start_control, start_differences
 from .teacher import Teacher
@@ -269,9 +269,11 @@ class Session:
                                                      disable=True)
         return self.previewer.decode_latent_to_preview_image("JPEG", x0)
 
-    def keep(self, path: str) -> None:
-        """Write the state, from which ``resume_from`` goes on. ValueError: the disk refuses."""
-        write_kept(path, self.training, self.control)
+    def state(self) -> dict:
+        """Everything that ``resume_from`` goes on from, on the host."""
+        control = self.control
+        return {**self.training.state_dict(), "family": control.family.name, "scale": control.scale,
+                "place": control.place_name}
 
     def result(self) -> tuple:
         """(CONTROLNEXT, the MODEL with the trained UNet weights)."""

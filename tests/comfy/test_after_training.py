@@ -199,12 +199,13 @@ def test_when_an_error_ends_a_training_its_step_is_given_back_before_the_state_i
         held.append(weakref.ref(output))
         if len(held) == 2:
             raise comfy.model_management.OOM_EXCEPTION("out of memory")
-    kept = pack("nodes.training.session").write_kept
+    session = pack("nodes.training.session").Session
+    state = session.state
 
-    def note(*args):
+    def note(self):
         alive_while_kept.extend(one() is not None for one in held)
-        kept(*args)
-    monkeypatch.setattr(pack("nodes.training.session"), "write_kept", note)
+        return state(self)
+    monkeypatch.setattr(session, "state", note)
     hook = model.model.diffusion_model.register_forward_hook(run_out_in_the_second_step)
     with pytest.raises(comfy.model_management.OOM_EXCEPTION):
         train(model, filename_prefix="oom")
