@@ -9,18 +9,24 @@ REROUTE, PRIMITIVE = "Reroute", "PrimitiveNode"  # of the frontend alone, no ser
 MUTED, BYPASSED = 2, 4  # modes
 
 
-def load_prompt(content: dict, inputs_of: Callable[[str], Mapping]) -> dict[str, dict]:
-    """The graph of a file's content, which is in API format already or as the frontend saves it.
+def types_in(content: object) -> list[str]:
+    """The types of the nodes in a file's content, a workflow as the frontend saves it or in API format.
 
     Raises:
-        ValueError: it is neither, or a workflow with what only the frontend can take apart.
+        ValueError: it is neither.
     """
     if isinstance(content, dict) and "nodes" in content and "links" in content:
-        return to_prompt(content, inputs_of)
+        return [node["type"] for node in content["nodes"]]
     if isinstance(content, dict) and content and all(isinstance(node, dict) and "class_type" in node
                                                      for node in content.values()):
-        return content
+        return [node["class_type"] for node in content.values()]
     raise ValueError("the file holds no workflow; save one with Workflow > Save, or Workflow > Export (API).")
+
+
+def load_prompt(content: object, inputs_of: Callable[[str], Mapping]) -> dict[str, dict]:
+    """The graph of a file's content in API format. Raises ValueError as ``types_in`` and ``to_prompt`` do."""
+    types_in(content)
+    return to_prompt(content, inputs_of) if "nodes" in content else content
 
 
 def to_prompt(workflow: dict, inputs_of: Callable[[str], Mapping]) -> dict[str, dict]:

@@ -25,6 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import environment
+from graph import load_prompt, types_in
 
 TRAIN = "ControlNeXtTrain"
 
@@ -88,11 +89,22 @@ def choose_gpu() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[own] if own < len(visible) else str(own)
 
 
-def run(path: str, leads: bool) -> None:
-    """Run a workflow to its end. RuntimeError or ValueError: it is none, or a node failed; one sentence."""
+def read(path: str) -> dict:
+    """The content of a workflow's file. ValueError: it holds no workflow with one training."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}).") from error
+    count = types_in(content).count(TRAIN)
+    if count != 1:
+        raise ValueError(f"{path} holds {count} Train ControlNeXt nodes; one is expected.")
+    return content
+
+
+def run(content: dict, leads: bool) -> None:
+    """Run a workflow to its end. RuntimeError or ValueError: a node is unknown or failed; one sentence."""
     import comfy.model_management
     import execution
-    from graph import load_prompt
     from server import PromptServer
 
     import nodes
@@ -104,22 +116,15 @@ def run(path: str, leads: bool) -> None:
         signal.signal(stop, interrupt)  # so that what was trained is kept
 
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}).") from error
-    try:
         prompt = load_prompt(content, lambda kind: nodes.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES())
     except KeyError as error:
-        raise ValueError(f"{path} needs the node {error}, which this ComfyUI lacks; install its pack.") from error
-
-    trainings = [name for name, node in prompt.items() if node["class_type"] == TRAIN]
-    if len(trainings) != 1:
-        raise ValueError(f"{path} holds {len(trainings)} Train ControlNeXt nodes; one is expected.")
+        raise ValueError(f"the workflow needs the node {error}, which this ComfyUI lacks; install its pack.") from error
     valid, error, outputs, of_nodes = asyncio.run(execution.validate_prompt("train", prompt, None))
     if not valid:
-        raise ValueError(" ".join([f"{path}: {error['message']}", error.get("details", ""), *_sentences(of_nodes)]))
+        raise ValueError(" ".join([error["message"], error.get("details", ""), *_sentences(of_nodes)]))
 
     executor = execution.PromptExecutor(PromptServer.instance, cache_args={"lru": 0, "ram": 0, "ram_inactive": 0})
+    trainings = [name for name, node in prompt.items() if node["class_type"] == TRAIN]
     executor.execute(prompt, "train", {}, outputs if leads else trainings)
     if not executor.success:
         raise RuntimeError(_reason(executor.status_messages))
@@ -139,6 +144,11 @@ def _reason(messages: list[tuple[str, dict]]) -> str:
 
 def main() -> None:
     options, for_comfyui = parse_arguments()
+    try:
+        content = read(options.workflow)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+
     comfyui = find_comfyui()
     choose_gpu()
     start_comfyui(comfyui, for_comfyui)
@@ -146,12 +156,15 @@ def main() -> None:
     if own:
         logging.getLogger().setLevel(logging.ERROR)
     try:
-        run(options.workflow, own == 0)
+        run(content, own == 0)
     except (RuntimeError, ValueError) as error:
         if own == 0 or count == 1:
             print(f"Error: {error}", file=sys.stderr, flush=True)
         # ended at once: torch's own end would wait for processes that are gone
         os._exit(1)
+    if count > 1:
+        import torch
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
