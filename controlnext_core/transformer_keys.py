@@ -70,6 +70,11 @@ _WAN_ATTENTION = {
     "q": ("to_q",), "k": ("to_k",), "v": ("to_v",), "o": ("to_out.0",), "norm_q": ("norm_q",), "norm_k": ("norm_k",),
     "k_img": ("add_k_proj",), "v_img": ("add_v_proj",), "norm_k_img": ("norm_added_k",),
 }
+_ANIMA_ATTENTION = {
+    "q_proj": ("to_q",), "k_proj": ("to_k",), "v_proj": ("to_v",), "output_proj": ("to_out.0",), "q_norm": ("norm_q",),
+    "k_norm": ("norm_k",),
+}
+_ANIMA_MODULATION = {"1": ("linear_1",), "2": ("linear_2",)}
 _KREA2_BLOCK = {
     "attn.wq": ("attn.to_q",), "attn.wk": ("attn.to_k",), "attn.wv": ("attn.to_v",), "attn.wo": ("attn.to_out.0",),
     "attn.gate": ("attn.to_gate",), "attn.qknorm.qnorm": ("attn.norm_q",), "attn.qknorm.knorm": ("attn.norm_k",),
@@ -155,6 +160,17 @@ TRANSFORMERS = {
     }, {"blocks": ("transformer_blocks", _KREA2_BLOCK),
         "txtfusion.layerwise_blocks": ("text_fusion.layerwise_blocks", _KREA2_BLOCK),
         "txtfusion.refiner_blocks": ("text_fusion.refiner_blocks", _KREA2_BLOCK)}),
+    "anima": Names({
+        "x_embedder.proj.1": "patch_embed.proj", "t_embedding_norm": "time_embed.norm",
+        "final_layer.linear": "proj_out",
+        **_under("final_layer.adaln_modulation", "norm_out", {"1": "linear_1", "2": "linear_2"}),
+        **_under("t_embedder.1", "time_embed.t_embedder", {"linear_1": "linear_1", "linear_2": "linear_2"}),
+    }, {"blocks": ("transformer_blocks", {
+        "mlp.layer1": ("ff.net.0.proj",), "mlp.layer2": ("ff.net.2",),
+        **_all_under("self_attn", "attn1", _ANIMA_ATTENTION), **_all_under("cross_attn", "attn2", _ANIMA_ATTENTION),
+        **_all_under("adaln_modulation_self_attn", "norm1", _ANIMA_MODULATION),
+        **_all_under("adaln_modulation_cross_attn", "norm2", _ANIMA_MODULATION),
+        **_all_under("adaln_modulation_mlp", "norm3", _ANIMA_MODULATION)})}),
 }
 
 
@@ -174,7 +190,8 @@ def transformer_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
         exchanged = path in names.exchanged
         theirs = [f"{names.top.get(path, path)}.{end}"] if path else [names.top.get(key, key)]
 
-        if match := re.fullmatch(r"([\w.]+?)\.(\d+)\.(.+)", path):
+        match = re.fullmatch(r"([\w.]+?)\.(\d+)\.(.+)", path)
+        if match and path not in names.top:
             ours, block, layer = match.groups()
             their_blocks, layers = names.blocks.get(ours, (ours, {}))
             theirs = [f"{their_blocks}.{block}.{name}.{end}" for name in layers.get(layer, (layer,))]
