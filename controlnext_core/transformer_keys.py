@@ -75,6 +75,7 @@ _ANIMA_ATTENTION = {
     "k_norm": ("norm_k",),
 }
 _ANIMA_MODULATION = {"1": ("linear_1",), "2": ("linear_2",)}
+_AURAFLOW_MLP = {"c_fc1": ("linear_1",), "c_fc2": ("linear_2",), "c_proj": ("out_projection",)}
 _KREA2_BLOCK = {
     "attn.wq": ("attn.to_q",), "attn.wk": ("attn.to_k",), "attn.wv": ("attn.to_v",), "attn.wo": ("attn.to_out.0",),
     "attn.gate": ("attn.to_gate",), "attn.qknorm.qnorm": ("attn.norm_q",), "attn.qknorm.knorm": ("attn.norm_k",),
@@ -171,6 +172,20 @@ TRANSFORMERS = {
         **_all_under("adaln_modulation_self_attn", "norm1", _ANIMA_MODULATION),
         **_all_under("adaln_modulation_cross_attn", "norm2", _ANIMA_MODULATION),
         **_all_under("adaln_modulation_mlp", "norm3", _ANIMA_MODULATION)})}),
+    "auraflow": Names({
+        "positional_encoding": "pos_embed.pos_embed", "init_x_linear": "pos_embed.proj", "final_linear": "proj_out",
+        "cond_seq_linear": "context_embedder", "modF.1": "norm_out.linear",
+        **_under("t_embedder.mlp", "time_step_proj", {"0": "linear_1", "2": "linear_2"}),
+    }, {"double_layers": ("joint_transformer_blocks", {
+        "modX.1": ("norm1.linear",), "modC.1": ("norm1_context.linear",),
+        "attn.w2q": ("attn.to_q",), "attn.w2k": ("attn.to_k",), "attn.w2v": ("attn.to_v",),
+        "attn.w2o": ("attn.to_out.0",), "attn.w1q": ("attn.add_q_proj",), "attn.w1k": ("attn.add_k_proj",),
+        "attn.w1v": ("attn.add_v_proj",), "attn.w1o": ("attn.to_add_out",),
+        **_all_under("mlpX", "ff", _AURAFLOW_MLP), **_all_under("mlpC", "ff_context", _AURAFLOW_MLP)}),
+        "single_layers": ("single_transformer_blocks", {
+            "modCX.1": ("norm1.linear",), "attn.w1q": ("attn.to_q",), "attn.w1k": ("attn.to_k",),
+            "attn.w1v": ("attn.to_v",), "attn.w1o": ("attn.to_out.0",), **_all_under("mlp", "ff", _AURAFLOW_MLP)}),
+        }, ("modF.1",)),
 }
 
 

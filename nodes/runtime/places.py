@@ -8,6 +8,7 @@ from operator import attrgetter
 import comfy.model_base
 import comfy.model_patcher
 from comfy.ldm.anima.model import Anima
+from comfy.ldm.aura.mmdit import MMDiT
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.hunyuan_video.model import HunyuanVideo
@@ -109,6 +110,8 @@ TRANSFORMERS = {
     _patched_behind_input("anima.model", "Anima"): Transformer(
         {comfy.model_base.Anima: "anima"}, "model_channels", "blocks", closed=True, patch="patch_spatial", images=4,
         fused=True),
+    MMDiT: Transformer({comfy.model_base.AuraFlow: "auraflow"}, "init_x_linear.out_features", "double_layers",
+                       ("single_layers",)),
 }
 TRANSFORMERS.pop(None, None)  # those that this version of ComfyUI does not have so
 # {class: why control cannot enter it} of transformers that have no row

@@ -56,6 +56,9 @@ TRANSFORMERS = {  # with real heads
         hidden_size=128, mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=0, axes_dim=[16, 56, 56], theta=256,
         patch_size=[1, 1, 1], qkv_bias=True, guidance_embed=False, byt5=False, meanflow=False, meanflow_sum=False,
         use_cond_type_embedding=True, vision_in_dim=1152)),
+    "auraflow": (comfy.supported_models.AuraFlow, dict(
+        in_channels=4, out_channels=4, dim=128, n_layers=4, n_double_layers=3, n_heads=1, global_conddim=128,
+        cond_seq_dim=40, max_seq=16 ** 2)),
     "ltxv": (comfy.supported_models.LTXV, dict(
         image_model="ltxv", in_channels=128, cross_attention_dim=128, attention_head_dim=128, num_attention_heads=1,
         caption_channels=40, num_layers=3)),

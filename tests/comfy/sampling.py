@@ -11,10 +11,10 @@ TRAINING = dict(batch_size=1, seed=1, training_dtype="fp32", trainable="module a
 # {base: what is between batch and rows in its latents' shape}, if that is not 16 channels
 LATENTS = {"sd15": (4,), "sdxl": (4,), "svd": (4,), "qwen_image": (16, 1), "flux2": (128,), "wan": (16, 2),
            "hunyuan_video15": (32, 2), "ltxv": (128, 2), "krea2": (16, 1),
-           "anima": (16, 1)}
+           "anima": (16, 1), "auraflow": (4,)}
 # as the denoisers' configurations name it
 CONTEXT_WIDTHS = ("context_dim", "context_in_dim", "joint_attention_dim", "cap_feat_dim", "text_dim",
-                  "caption_channels", "txtdim", "crossattn_emb_channels")
+                  "caption_channels", "txtdim", "crossattn_emb_channels", "cond_seq_dim")
 
 
 def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = None, **extra) -> list:
