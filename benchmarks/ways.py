@@ -89,9 +89,10 @@ def native_controlnet(model: ModelPatcher, dtype: torch.dtype) -> comfy.controln
                                        manual_cast_dtype=dtype)
 
 
-def with_native_control(conditionings: tuple, controlnet: comfy.controlnet.ControlNet, image: torch.Tensor) -> tuple:
+def with_native_control(conditionings: tuple, controlnet: comfy.controlnet.ControlNet, image: torch.Tensor,
+                        vae=None) -> tuple:
     """The CONDITIONINGs with one ControlNet for all, as ControlNetApplyAdvanced attaches it."""
-    hinted = controlnet.copy().set_cond_hint(image.movedim(-1, 1), 1.0, (0.0, 1.0))
+    hinted = controlnet.copy().set_cond_hint(image.movedim(-1, 1), 1.0, (0.0, 1.0), vae)
 
     def with_control(conditioning: list) -> list:
         return [[context, {**extra, "control": hinted, "control_apply_to_uncond": False}]

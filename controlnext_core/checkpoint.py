@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .bases import BASES, bases_of
 from .families import families_of
 from .layouts import layout_of, solve_widths
 from .module import ControlNeXtModule, Operations
@@ -26,10 +27,8 @@ FOREIGN = (
     ("a T2I-Adapter", ("adapter.body.", "body.0.resnets", "body.0.block1")),
     ("a VAE", ("encoder.conv_in", "decoder.conv_in", "first_stage_model.", "quant_conv", "decoder.up.",
                "encoder.down.")),
-    ("UNet weights (Load ControlNeXt UNet Weights takes these)",
-     ("down_blocks.", "up_blocks.", "mid_block.", "input_blocks.", "output_blocks.", "middle_block.",
-      "diffusion_model.")),
-    ("a transformer diffusion model", ("double_blocks.", "single_blocks.", "joint_blocks.", "transformer_blocks.")),
+    ("UNet weights", ("down_blocks.", "up_blocks.", "mid_block.", "input_blocks.", "output_blocks.", "middle_block.",
+                      "diffusion_model.", "double_blocks.", "single_blocks.", "joint_blocks.", "transformer_blocks.")),
     ("a text or image encoder", ("text_model.", "vision_model.", "transformer.resblocks", "encoder.block.")),
 )
 
@@ -109,6 +108,16 @@ def kind_of_file(keys: Iterable[str]) -> str:
     return f"of an unknown kind (its first tensor is {quoted(keys[0])})"
 
 
+def _other_kind(keys: Iterable[str]) -> str:
+    """The kind of a file, as somebody who looks for a ControlNeXt module wants to hear it."""
+    what = kind_of_file(keys)
+    if what != "UNet weights":
+        return what
+    bases = bases_of(keys)
+    made_for = f" for {either(BASES[base].title for base in bases)}" if bases else ""
+    return f"{what}{made_for}, which Load ControlNeXt UNet Weights takes"
+
+
 def check_floats(tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
     """ValueError: one of the (key, tensor) is not of floating point numbers, or not all of them are there; names it."""
     for key, value in tensors:
@@ -158,7 +167,7 @@ def open_checkpoint(state_dict: Mapping, name: str, operations: Operations = nn,
 
     state_dict = _control_part(state_dict)
     if not is_control(state_dict):
-        raise ValueError(f"{name} is not a ControlNeXt model: it is {kind_of_file(state_dict)}; choose the small "
+        raise ValueError(f"{name} is not a ControlNeXt model: it is {_other_kind(state_dict)}; choose the small "
                          f"ControlNeXt file (often called controlnet.safetensors, 7 to 22 MB).")
 
     check_floats(state_dict.items(), name)

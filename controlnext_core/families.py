@@ -108,4 +108,4 @@ def family_for(layout: str, variant: str, base: str) -> Family:
     titles = either(BASES[family.base].title for family in candidates)
     title = BASES[base].title
     raise ValueError(f"model: the ControlNeXt file is {names} (for {titles}), but the connected MODEL is {title}; "
-                     f"connect a {titles} MODEL or load a ControlNeXt file for {title}.")
+                     f"connect a MODEL of {titles} or load a ControlNeXt file for {title}.")

@@ -15,7 +15,7 @@ CANVAS = ("canvas_width", "canvas_height")
 POINT_COUNTS = {BODY: 18, FEET: 6, FACE: 70, LEFT_HAND: 21, RIGHT_HAND: 21}
 NECK, SHOULDERS, EYES = 1, [2, 5], [14, 15]  # joints of the body
 
-# A face's 70 points are 68 landmarks and the eyes of the body; some files hold the landmarks alone. OpenPose's node
+# A face's 70 points are 68 landmarks and the eyes of the body; some files hold only the landmarks. OpenPose's node
 # skips the points that it did not find and adds the place where it sees background most.
 FACE_LANDMARKS = 68
 MOST_FACE_POINTS = 71

@@ -20,6 +20,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def either(names: Iterable[str]) -> str:
-    """Choices for a sentence: ``a or b``, and of many the first ones."""
+    """Choices for a sentence: ``a, b or c``, and of many the first ones."""
     names = list(dict.fromkeys(names))
-    return " or ".join(names) if len(names) <= NAMED else f"{', '.join(names[:NAMED])} or another"
+    *names, last = names if len(names) <= NAMED else [*names[:NAMED], "another"]
+    return f"{', '.join(names)} or {last}" if names else last

@@ -109,7 +109,7 @@ def match_weights(state_dict: Mapping, name: str, shapes: Mapping[str, tuple],
     other_base = _titles(bases) if bases and model_bases and not set(bases) & set(model_bases) else None
     if other_base and (wrong or left_out):
         raise ValueError(f"{name} holds UNet weights for {other_base}, but the connected MODEL is "
-                         f"{_titles(model_bases)}; connect a {other_base} MODEL or choose UNet weights for "
+                         f"{_titles(model_bases)}; connect a MODEL of {other_base} or choose UNet weights for "
                          f"{_titles(model_bases)}.")
     if wrong:
         key, found, shape = wrong[0]
@@ -153,7 +153,7 @@ def _kind_of_unet_file(keys: Iterable[str]) -> str:
         return "a ControlNeXt model (Load ControlNeXt Model takes it)"
 
     what = kind_of_file(keys)
-    if not what.startswith("UNet weights"):
+    if what != "UNet weights":
         return what
     if any(key.endswith((".diff", ".diff_b")) for key in keys):
         return "a LoRA (Load LoRA takes it)"

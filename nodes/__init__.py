@@ -3,6 +3,7 @@
 from .align_pose import ControlNeXtAlignPose
 from .apply import ControlNeXtApply
 from .canny import ControlNeXtCanny
+from .dataset import ControlNeXtDataset
 from .draw_pose import ControlNeXtDrawPose
 from .loader import ControlNeXtLoader
 from .save import ControlNeXtSave
@@ -13,5 +14,6 @@ from .unet_loader import ControlNeXtUNetLoader
 
 NODES = [
     ControlNeXtLoader, ControlNeXtApply, ControlNeXtToControlNet, ControlNeXtUNetLoader, ControlNeXtSaveAsLoRA,
-    ControlNeXtCanny, ControlNeXtAlignPose, ControlNeXtDrawPose, ControlNeXtTrain, ControlNeXtSave,
+    ControlNeXtCanny, ControlNeXtAlignPose, ControlNeXtDrawPose, ControlNeXtDataset, ControlNeXtTrain,
+    ControlNeXtSave,
 ]

@@ -27,16 +27,16 @@ class ControlNeXtAlignPose(io.ComfyNode):
                 PoseKeypoint.Input(
                     "reference",
                     tooltip=(
-                        "The pose of the picture to animate, detected after it was cropped to the video's size. "
-                        "Its first frame counts, and there the first person."
+                        "The pose of the picture to animate. Crop the picture to the video's size before you detect "
+                        "it. The first person of the first frame is used."
                     ),
                 ),
                 io.Boolean.Input(
                     "prepend_reference",
                     default=True,
                     tooltip=(
-                        "Put the reference pose before the first frame, as the ControlNeXt SVD models were trained. "
-                        "The result is then one frame longer than the video."
+                        "Inserts the reference pose as the first frame, as in the training of ControlNeXt's SVD "
+                        "models. The result is one frame longer than the video."
                     ),
                 ),
             ],

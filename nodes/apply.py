@@ -28,27 +28,28 @@ class ControlNeXtApply(io.ComfyNode):
             display_name="Apply ControlNeXt",
             category="ControlNeXt",
             description="Makes a MODEL follow a control image; connect its output to any sampler.",
-            search_aliases=["controlnext", "controlnet", "apply controlnet", "canny control", "pose control",
-                            "pose video"],
+            search_aliases=["controlnext", "controlnet", "apply controlnet", "canny control", "edges", "lineart",
+                            "pose control", "openpose", "dwpose", "pose video", "depth control"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL to control; it is not changed."),
                 ControlNeXtType.Input("controlnext", tooltip="From Load ControlNeXt Model."),
                 io.Image.Input("image",
-                               tooltip="The control image (edges, pose, depth, mask ...), resized to the picture. "
-                                       "One for the whole batch, or one per picture or video frame."),
+                               tooltip="The control image (edges, pose, depth, mask ...). It is resized to the "
+                                       "picture. Give one image for the whole batch, or one per picture or video "
+                                       "frame."),
                 io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01,
-                               tooltip="How strongly control acts. 1 is as most models were trained, 0.35 as the SDXL "
-                                       "Canny weights were; 0 is off."),
+                               tooltip="How closely the picture follows the control image; 0 is off. Most models were "
+                                       "trained at 1, the SDXL Canny weights at 0.35."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
-                               tooltip="When control begins: 0 is the first step of the sampling, 1 the last."),
+                               tooltip="When control starts, as a fraction of the sampling: 0 is the first step."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
-                               tooltip="When control ends: 1 keeps it to the last step."),
+                               tooltip="When control ends, as a fraction of the sampling: 1 is the last step."),
                 mask_input(),
                 inject_at_input(),
                 apply_to_input(),
                 window_reference_input(),
                 *inputs_over_time(),
-                resize_input("auto stretches it, as the models were trained"),
+                resize_input("stretch, as in training"),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The controlled MODEL.")],
             hidden=[io.Hidden.unique_id],
@@ -78,7 +79,7 @@ class ControlNeXtApply(io.ComfyNode):
             resize="stretch" if resize == "auto" else resize, node_id=node_id(cls))
         running = model_of(model)
         resolve(running, settings)  # a control that does not fit is told here already, not only when the MODEL runs
-        shown = show_strength(settings).as_dict()
+        shown = show_strength(settings)
         if strength == 0.0:
             return io.NodeOutput(model, ui=shown)
         if computes_in_few_bits(running):

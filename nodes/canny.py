@@ -17,17 +17,19 @@ class ControlNeXtCanny(io.ComfyNode):
             node_id="ControlNeXtCanny",
             display_name="ControlNeXt Canny",
             category="ControlNeXt",
-            description="Edges as the SDXL Canny weights were trained with: thresholds from the median brightness.",
-            search_aliases=["canny", "edge detection", "controlnext canny", "canny control", "outline"],
+            description="Canny edges as the SDXL Canny weights saw them in training: the thresholds follow the "
+                        "picture's median brightness.",
+            search_aliases=["canny", "edge detection", "controlnext canny", "canny control", "edges", "lineart",
+                            "outline"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture to take edges from."),
                 io.Combo.Input("threshold", options=["auto", "manual"], default="auto",
-                               tooltip="auto: 0.67 and 1.33 times the median brightness, as in training. "
-                                       "manual: the two numbers below."),
+                               tooltip="auto: 0.67 and 1.33 times the median brightness, as in training. manual: the "
+                                       "two values below."),
                 io.Int.Input("low_threshold", default=100, min=0, max=255,
-                             tooltip="manual: weaker edges than this are dropped."),
+                             tooltip="For manual: edges weaker than this are dropped."),
                 io.Int.Input("high_threshold", default=200, min=0, max=255,
-                             tooltip="manual: stronger edges than this are always kept."),
+                             tooltip="For manual: edges stronger than this are always kept."),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="White edges on black.")],
         )

@@ -21,7 +21,8 @@ class ControlNeXtDrawPose(io.ComfyNode):
             node_id="ControlNeXtDrawPose",
             display_name="ControlNeXt Draw Pose",
             category="ControlNeXt",
-            description="Draws poses as the pictures that ControlNeXt's video models were trained on, one per frame.",
+            description="Draws poses in the style that ControlNeXt's video models were trained on, one picture per "
+                        "frame.",
             search_aliases=["pose", "keypoints", "openpose", "dwpose", "sdpose", "skeleton", "render pose"],
             inputs=[
                 PoseKeypoint.Input(
@@ -33,14 +34,14 @@ class ControlNeXtDrawPose(io.ComfyNode):
                     default=0,
                     min=0,
                     max=LARGEST_CANVAS,
-                    tooltip="Width of the pictures; 0: the keypoints' canvas.",
+                    tooltip="Width of the pictures in pixels; 0 uses the canvas size of the keypoints.",
                 ),
                 io.Int.Input(
                     "height",
                     default=0,
                     min=0,
                     max=LARGEST_CANVAS,
-                    tooltip="Height of the pictures; 0: the keypoints' canvas.",
+                    tooltip="Height of the pictures in pixels; 0 uses the canvas size of the keypoints.",
                 ),
                 io.Boolean.Input("draw_body", default=True, advanced=True, tooltip="Draw trunk, limbs and head."),
                 io.Boolean.Input("draw_hands", default=True, advanced=True, tooltip="Draw both hands."),
@@ -50,8 +51,8 @@ class ControlNeXtDrawPose(io.ComfyNode):
                     options=list(COLORS),
                     default="controlnext",
                     tooltip=(
-                        "controlnext: thin lines and red and blue swapped, which ControlNeXt's video models know. "
-                        "openpose: the usual OpenPose look, for other models."
+                        "controlnext: thin lines with red and blue swapped, for ControlNeXt's video models. openpose: "
+                        "the usual OpenPose style, for other models."
                     ),
                 ),
                 io.Int.Input(
@@ -62,8 +63,8 @@ class ControlNeXtDrawPose(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Thickness of limbs and joints; 4 is as the models were trained. xinsir's ControlNets want "
-                        "openpose with 8 for a long side of 500 pixels or more, 12 for 1000 or more."
+                        "Thickness of limbs and joints; 4 is as in training. For xinsir's ControlNets use openpose "
+                        "with 8 if the long side has 500 pixels or more, 12 if it has 1000 or more."
                     ),
                 ),
             ],

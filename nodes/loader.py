@@ -4,7 +4,6 @@ from comfy_api.latest import io
 
 from ..controlnext_core.bases import BASES
 from ..controlnext_core.families import FAMILIES, families_of
-from ..controlnext_core.sentences import either
 from .inputs import checked_inputs
 from .preview import show_text
 from .runtime.files import fingerprint_listed, list_files
@@ -18,14 +17,15 @@ class ControlNeXtLoader(io.ComfyNode):
             node_id="ControlNeXtLoader",
             display_name="Load ControlNeXt Model",
             category="ControlNeXt",
-            description="Loads a ControlNeXt model, the small module that reads the control image.",
+            description="Loads a ControlNeXt control model, the small network that reads the control image.",
             search_aliases=["controlnext", "controlnet", "load controlnext", "control loader"],
             inputs=[
                 io.Combo.Input("controlnext_name", options=list_files(FOLDERS),
                                tooltip="A ControlNeXt file in models/controlnext or models/controlnet (7 to 22 MB)."),
                 io.Combo.Input("variant", options=["auto", *FAMILIES], default="auto",
-                               tooltip="Which release the file is from. auto reads it off the file and the connected "
-                                       "MODEL; choose svd_padded for files from the SVD v2 training code."),
+                               tooltip="Model family of the file. auto reads it from the file and the connected "
+                                       "MODEL; choose svd_padded yourself for files trained with the authors' "
+                                       "SVD-v2-Training code."),
             ],
             outputs=[ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt.")],
             hidden=[io.Hidden.unique_id],
@@ -47,9 +47,10 @@ def _describe(controlnext: ControlNeXt) -> str:
     families = families_of(controlnext.loaded.checkpoint.layout)
     if controlnext.variant != "auto":
         families = [FAMILIES[controlnext.variant]]
-    names = either(family.name for family in families)
-    bases = either(BASES[family.base].title for family in families)
     parameters = list(controlnext.loaded.checkpoint.module.parameters())
     size = sum(parameter.numel() for parameter in parameters) / 1e6
     precision = str(parameters[0].dtype).removeprefix("torch.")
-    return f"{names} for {bases}, {size:.2f} million parameters, {precision}"
+    if len(families) > 1:
+        return f"{size:.2f} million parameters, {precision}; the connected MODEL tells which family it is"
+    family, = families
+    return f"{family.name} for {BASES[family.base].title}, {size:.2f} million parameters, {precision}"

@@ -1,14 +1,14 @@
-"""Texts and pictures that nodes show on themselves after a run, with ComfyUI's own previews."""
+"""Texts and the chart of control over time, which nodes show on themselves."""
 
 import logging
 
-import torch
 from comfy_api.latest import ui
 
-from .chart import draw_chart
 from .runtime.messages import send_text
 from .runtime.settings import Settings
 from .runtime.strength_over_time import STEPS, factors_over_time
+
+CHARTED = 5  # every so many steps is a point of the chart
 
 
 def show_text(cls, text: str) -> ui.PreviewText:
@@ -23,9 +23,9 @@ def node_id(cls) -> str | None:
     return None if cls.hidden is None else cls.hidden.unique_id
 
 
-def show_strength(settings: Settings) -> ui.PreviewImage:
-    """A chart of when and how strongly control acts, as a picture on the node."""
+def show_strength(settings: Settings) -> dict[str, list[float]]:
+    """When and how strongly control acts, of which web/shown_on_nodes.js draws a chart: no picture for API clients."""
     factors = factors_over_time(settings.curve, settings.keyframes)
     strengths = [settings.strength * factor if settings.start_percent <= step / STEPS <= settings.end_percent else 0.0
                  for step, factor in enumerate(factors)]
-    return ui.PreviewImage(torch.from_numpy(draw_chart(strengths))[None].float() / 255)
+    return {"strengths": [round(strength, 4) for strength in strengths[::CHARTED]]}

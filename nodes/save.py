@@ -20,14 +20,14 @@ class ControlNeXtSave(io.ComfyNode):
             node_id="ControlNeXtSave",
             display_name="Save ControlNeXt Model",
             category="ControlNeXt",
-            description="Writes a ControlNeXt as the reference implementation does: controlnet.safetensors and, if "
-                        "UNet weights were trained with it, unet.safetensors.",
+            description="Saves a ControlNeXt model in the authors' format: controlnet.safetensors, and "
+                        "unet.safetensors if UNet weights were trained with it.",
             search_aliases=["controlnext", "save controlnet", "export controlnext"],
             inputs=[
                 ControlNeXtType.Input("controlnext", tooltip="From Train ControlNeXt."),
                 io.String.Input("filename_prefix", default="controlnext/ControlNeXt",
-                                tooltip="Where in the output folder: the start of the name of a new folder that gets "
-                                        "the files. Move it to models/controlnext to load them."),
+                                tooltip="Path inside the output folder: the start of a new folder's name. Move that "
+                                        "folder to models/controlnext to load its files."),
             ],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],

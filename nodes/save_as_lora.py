@@ -22,24 +22,24 @@ class ControlNeXtSaveAsLoRA(io.ComfyNode):
             node_id="ControlNeXtSaveAsLoRA",
             display_name="Save ControlNeXt UNet Weights as LoRA",
             category="ControlNeXt",
-            description="Writes UNet weights as a LoRA file that Load LoRA takes, so that a workflow can do without a "
-                        "special node for them.",
+            description="Saves UNet weights as a LoRA file for Load LoRA, so that a shared workflow needs no special "
+                        "node.",
             search_aliases=["controlnext", "export lora", "extract lora", "convert unet weights", "save lora"],
             inputs=[
                 io.Combo.Input("unet_name", options=list_files(FOLDERS),
                                tooltip="UNet weights (often called unet.safetensors) in models/controlnext, "
                                        "models/controlnet or models/diffusion_models."),
-                io.Model.Input("model", tooltip="The MODEL that the weights are for. A file that replaces is saved as "
-                                                "its difference to this MODEL, whose LoRAs do not count."),
+                io.Model.Input("model", tooltip="The MODEL that the weights are for. Full weights are saved as their "
+                                                "difference from this MODEL without its LoRAs."),
                 io.String.Input("filename_prefix", default="loras/ControlNeXt",
-                                tooltip="Where in the output folder. Load LoRA lists what is in output/loras."),
+                                tooltip="Path inside the output folder. Load LoRA lists the files in output/loras."),
                 io.Int.Input("rank", default=0, min=0, max=4096,
-                             tooltip="0 saves the weights in full. A small rank gives a small file that is an "
-                                     "approximation."),
+                             tooltip="0 saves the weights in full. A low rank makes a small file that approximates "
+                                     "them."),
                 io.Combo.Input("mode", options=list(MODES), default="auto", optional=True,
-                               tooltip="As of the loader: difference saves the file as it is, replace saves how it "
-                                       "differs from the MODEL's weights. auto compares the file with the MODEL and "
-                                       "tells what it decided."),
+                               tooltip="As in Load ControlNeXt UNet Weights: difference saves the file as it is, "
+                                       "replace saves its difference from the MODEL's weights. auto compares the file "
+                                       "with the MODEL and shows what it chose."),
             ],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],

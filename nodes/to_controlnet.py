@@ -26,18 +26,19 @@ class ControlNeXtToControlNet(io.ComfyNode):
             node_id="ControlNeXtToControlNet",
             display_name="ControlNeXt to ControlNet",
             category="ControlNeXt",
-            description="A ControlNeXt for Apply ControlNet and everything else that takes a ControlNet: a control for "
-                        "each prompt or region, tiled upscaling, detailers, chains with ControlNets.",
+            description="Turns a ControlNeXt model into a CONTROL_NET for Apply ControlNet and other nodes that take "
+                        "one: separate control for each prompt or region, tiled upscaling, detailers, chains with "
+                        "other ControlNets.",
             search_aliases=["controlnext", "controlnet", "apply controlnet", "regional control", "tile control",
-                            "convert controlnext"],
+                            "upscale", "convert controlnext"],
             inputs=[
                 ControlNeXtType.Input("controlnext", tooltip="From Load ControlNeXt Model."),
                 inject_at_input(),
-                apply_to_input(", of the conditionings that it is applied to"),
+                apply_to_input(", of those it is applied to"),
                 mask_input(),
                 window_reference_input(),
                 *inputs_over_time(),
-                resize_input("auto crops it, as ComfyUI's ControlNets do"),
+                resize_input("crop, as with ComfyUI's ControlNets"),
             ],
             outputs=[io.ControlNet.Output(display_name="control_net", tooltip="For Apply ControlNet.")],
             hidden=[io.Hidden.unique_id],

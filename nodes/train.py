@@ -7,7 +7,7 @@ import comfy.utils
 from comfy_api.latest import io
 from tqdm.auto import tqdm
 
-from .inputs import checked_inputs, inject_at_input
+from .inputs import DatasetType, checked_inputs, inject_at_input
 from .preview import node_id, show_text
 from .runtime.control import is_out_of_memory
 from .runtime.files import fingerprint
@@ -15,7 +15,8 @@ from .runtime.images import checked_image
 from .runtime.loaded import ControlNeXtType
 from .runtime.messages import send_text
 from .training.data import Data, Sample, samples_for
-from .training.kept import ENDING, FOLDER, free_path, list_kept, name_of, path_of
+from .training.dataset import FolderData
+from .training.kept import ENDING, FOLDER, free_path, list_kept, name_of, path_of, write_kept
 from .training.log import Log
 from .training.session import Session
 from .training.settings import DTYPES, NONE, WITH_UNET, TrainSettings
@@ -53,29 +54,34 @@ class ControlNeXtTrain(io.ComfyNode):
                              tooltip="Steps in all, those of a training that is resumed included. A few hundred to a "
                                      "few thousand."),
                 io.Int.Input("batch_size", default=TrainSettings.batch_size, min=1, max=1024,
-                             tooltip="Pictures in a step, all of one size. More learn more steadily and take more "
-                                     "memory. Videos follow each other, in the memory of one."),
+                             tooltip="Pictures in a step, all of one size. A larger batch learns more steadily and "
+                                     "takes more memory. Videos of a step are computed one after the other, in the "
+                                     "memory of one."),
                 io.Float.Input("learning_rate", default=TrainSettings.learning_rate, min=0.0, max=1.0, step=1e-7,
                                round=False,
-                               tooltip="Of the ControlNeXt module."),
+                               tooltip="Learning rate of the ControlNeXt module."),
                 io.Float.Input("unet_learning_rate", default=TrainSettings.unet_learning_rate, min=0.0, max=1.0,
                                step=1e-7, round=False,
-                               tooltip="Of the UNet weights, if they are trained."),
+                               tooltip="Learning rate of the UNet weights, if they are trained."),
                 io.Combo.Input("trainable", options=["module", WITH_UNET], default=TrainSettings.trainable,
-                               tooltip="The module alone is small and gives weaker control. With some UNet weights, "
-                                       "trained as differences to the MODEL's, control is as in the paper."),
+                               tooltip="module trains only the ControlNeXt module: a small file and weaker control. "
+                                       "With UNet weights, a part of the MODEL is trained along, as differences to its"
+                                       " weights: control as in the paper."),
                 io.Int.Input("seed", default=TrainSettings.seed, min=0, max=0xFFFFFFFFFFFFFFFF,
                              control_after_generate=False,
-                             tooltip="Of the module's first weights and of everything that is drawn in the training."),
+                             tooltip="Decides the module's first weights and everything that is drawn at random in the"
+                                     " training."),
                 io.Combo.Input("training_dtype", options=list(DTYPES), default=TrainSettings.training_dtype,
-                               tooltip="What the MODEL computes in. What is trained is kept in fp32. On a CPU, fp32."),
+                               tooltip="The precision in which the MODEL computes. What is trained is kept in fp32. "
+                                       "Choose fp32 on a CPU."),
                 io.Boolean.Input("gradient_checkpointing", default=TrainSettings.gradient_checkpointing,
                                  tooltip="Saves much memory and takes about a third more time."),
                 io.Int.Input("save_every", default=TrainSettings.save_every, min=0, max=1000000,
-                             tooltip="Keeps the training every so many steps in output/controlnext_training, to "
-                                     "resume from. 0: only when it is interrupted."),
+                             tooltip="Keeps the training every this many steps in output/controlnext_training, to "
+                                     "resume from. 0 keeps it only when it is interrupted."),
                 io.Int.Input("preview_every", default=TrainSettings.preview_every, min=0, max=1000000,
-                             tooltip="Samples a picture under the first control image every so many steps. 0: never."),
+                             tooltip="Samples a preview under the first control image every this many steps. 0 samples"
+                                     " none."),
                 io.String.Input("filename_prefix", default=TrainSettings.filename_prefix,
                                 tooltip="Name of the files in output/controlnext_training."),
                 ControlNeXtType.Input("controlnext", optional=True,
@@ -89,60 +95,64 @@ class ControlNeXtTrain(io.ComfyNode):
                                       tooltip="The conditioning of an empty prompt, for caption_dropout."),
                 io.Float.Input("caption_dropout", default=TrainSettings.caption_dropout, min=0.0, max=1.0, step=0.01,
                                optional=True,
-                               tooltip="Share of captions that are replaced by the empty one, for control without a "
-                                       "prompt. Often 0.1 to 0.2."),
+                               tooltip="Share of captions that are replaced by the empty one, so that control also "
+                                       "works without a prompt. Often 0.1 to 0.2."),
                 io.Float.Input("ema", default=TrainSettings.ema, min=0.0, max=0.99999, step=0.00001, round=False,
                                optional=True, advanced=True,
-                               tooltip="Decay of a moving average, which is then the result: 0.999 for thousands of "
-                                       "steps. 0 is off."),
+                               tooltip="Decay of a moving average of the weights, which then is the result: 0.999 for "
+                                       "thousands of steps. 0 turns it off."),
                 io.String.Input("unet_pattern", default=TrainSettings.unet_pattern, optional=True, advanced=True,
-                                tooltip="Which UNet weights to train: a regular expression found in their diffusers "
-                                        "names. Empty is the reference's: to_out, on SDXL attn2.*to_out, on SVD "
-                                        "to_out and to_v, to_out on SD3, and that of the first ten blocks on other "
-                                        "transformers."),
+                                tooltip="Which UNet weights to train: a regular expression that is searched in their "
+                                        "diffusers names. Empty chooses the base's own: to_out on SD1.5 and SD3, "
+                                        "attn2.*to_out on SDXL, to_out and to_v on SVD, to_out of the first ten blocks"
+                                        " on other transformers."),
                 io.Float.Input("min_snr_gamma", default=TrainSettings.min_snr_gamma, min=0.0, max=1000.0, step=0.01,
                                round=False, optional=True, advanced=True,
-                               tooltip="Min-SNR weighting: samples of little noise count no more than this. 5 is "
-                                       "usual, less is for coarse structure. 0 is off, the reference's loss."),
+                               tooltip="Min-SNR weighting: limits how much samples with little noise count in the "
+                                       "loss. 5 is usual; less puts more weight on coarse structure. 0 turns it off, "
+                                       "which is the reference's loss."),
                 io.Int.Input("warmup_steps", default=TrainSettings.warmup_steps, min=0, max=1000000, optional=True,
                              advanced=True,
-                             tooltip="First steps, in which the learning rates rise to what they are set to."),
+                             tooltip="The learning rates rise from zero over this many first steps."),
                 io.Int.Input("grad_accumulation_steps", default=TrainSettings.grad_accumulation_steps, min=1, max=1024,
                              optional=True, advanced=True,
-                             tooltip="Batches in a step: learns as from a batch so many times as large, in the memory "
-                                     "of one and so many times the time."),
+                             tooltip="Averages this many batches per step: the effect of a larger batch without its "
+                                     "memory, at proportionally more time."),
                 inject_at_input("Where control enters the UNet, or the tokens of a transformer such as SD3. auto is "
                                 "where the connected CONTROLNEXT or the kept training does, and the reference's place "
                                 "for a new one."),
                 io.Boolean.Input("super_resolution", default=TrainSettings.super_resolution, optional=True,
                                  advanced=True,
-                                 tooltip="Trains to restore pictures: connect the pictures themselves to images. "
-                                         "Whenever one comes up, control is a copy 2 to 8 times as small, with blur, "
-                                         "noise or JPEG drawn anew."),
+                                 tooltip="Trains control that restores pictures: connect the pictures themselves to "
+                                         "images. Each time a picture comes up, its control image is a copy 2 to 8 "
+                                         "times smaller, with blur, noise or JPEG drawn anew."),
                 io.ControlNet.Input("teacher", optional=True,
                                     tooltip="A ControlNet for this MODEL to learn from, or a T2I-Adapter or another "
-                                            "ControlNeXt: what the MODEL predicts under it, from the same control "
-                                            "images, is what is learned."),
+                                            "ControlNeXt. The ControlNeXt learns what the MODEL predicts under the "
+                                            "teacher with the same control images."),
                 io.Float.Input("teacher_strength", default=TrainSettings.teacher_strength, min=0.0, max=10.0, step=0.01,
                                optional=True, advanced=True,
-                               tooltip="Strength of the teacher."),
+                               tooltip="Strength of the teacher's control."),
                 io.Float.Input("teacher_share", default=TrainSettings.teacher_share, min=0.0, max=1.0, step=0.01,
                                optional=True, advanced=True,
-                               tooltip="How much of the loss is the teacher's: 1 learns from it alone, 0 from the "
-                                       "pictures alone."),
+                               tooltip="The teacher's share of the loss: 1 learns only from the teacher, 0 only from "
+                                       "the pictures."),
                 io.Vae.Input("teacher_vae", optional=True,
-                             tooltip="For a teacher that takes control images as latents, as those for SD3 do: the "
-                                     "MODEL's VAE."),
+                             tooltip="The MODEL's VAE, for a teacher that takes its control images as latents, as "
+                                     "those for SD3 do."),
                 io.Float.Input("scale_learning_rate", default=TrainSettings.scale_learning_rate, min=0.0, max=1.0,
                                step=1e-7, round=False, optional=True, advanced=True,
-                               tooltip="Of the scale, a number that control is multiplied by, learned with it and kept"
-                                       " in its file. Ten times learning_rate is good. 0 leaves it as it is: 1, as in "
-                                       "the reference's SD1.5 and SDXL files."),
+                               tooltip="Learning rate of the scale, a number that control is multiplied by; it is "
+                                       "learned with the module and kept in its file. Ten times learning_rate is good."
+                                       " 0 leaves the scale at 1, as in the reference's SD1.5 and SDXL files."),
                 io.Image.Input("validation_image", optional=True,
                                tooltip="Previews are sampled under this control image, one that is not trained on. "
                                        "Without it, under the first of images."),
                 io.Conditioning.Input("validation_conditioning", optional=True,
                                       tooltip="The prompt of the previews. Without it, the first caption."),
+                DatasetType.Input("dataset", optional=True,
+                                  tooltip="Pictures of a folder, from ControlNeXt Dataset, instead of latents, "
+                                          "conditioning and images: as many as there are, in little memory."),
             ],
             outputs=[
                 ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt and Save ControlNeXt "
@@ -163,18 +173,22 @@ class ControlNeXtTrain(io.ComfyNode):
     @classmethod
     def execute(cls, model, latents=None, conditioning=None, images=None, controlnext=None, empty_conditioning=None,
                 teacher=None, teacher_vae=None, validation_image=None, validation_conditioning=None,
-                **settings) -> io.NodeOutput:
+                dataset=None, **settings) -> io.NodeOutput:
         model = _first("model", model)
         settings = TrainSettings(**checked_inputs(cls, **{name: _first(name, values)
                                                           for name, values in settings.items()}))
-        if settings.caption_dropout and not empty_conditioning:
-            raise ValueError("caption_dropout: there is no empty caption to put in place of others; connect an encoded "
-                             "empty prompt to empty_conditioning or set caption_dropout to 0.")
         if settings.teacher_share != 1.0 and not teacher:
             raise ValueError("teacher_share: there is no teacher to share the loss with; connect a CONTROL_NET to "
                              "teacher or set teacher_share to 1.")
 
-        data = samples_for(model, latents, conditioning, images, empty_conditioning and empty_conditioning[0])
+        empty = empty_conditioning[0] if empty_conditioning else None
+        if dataset:
+            data = FolderData(dataset[0], model, empty)
+        else:
+            data = samples_for(model, latents, conditioning, images, empty)
+        if settings.caption_dropout and data.empty is None:
+            raise ValueError("caption_dropout: there is no empty caption to put in place of others; connect an encoded "
+                             "empty prompt to empty_conditioning or set caption_dropout to 0.")
         learned_from = None
         if teacher and settings.teacher_share:
             learned_from = Teacher(teacher[0], settings.teacher_strength, settings.teacher_share,
@@ -190,14 +204,14 @@ class ControlNeXtTrain(io.ComfyNode):
         """Train to the last step. Whatever ends it early, what was trained is kept first."""
         training, settings, leads = session.training, session.settings, session.ranks.leads
         first, steps, kept = training.step, settings.steps, ""
-        first_part = free_path(settings.filename_prefix)
-        log, progress = Log(first_part if leads else None), comfy.utils.ProgressBar(steps)
+        first_part = free_path(settings.filename_prefix) if leads else None
+        log, progress = Log(first_part), comfy.utils.ProgressBar(steps)
 
         def keep() -> str:
             """Keep the training, or say why not: the end of a sentence."""
             path = f"{first_part}_step_{training.step}{ENDING}"
             try:
-                session.keep(path)
+                write_kept(path, session.state())
             except ValueError as error:
                 return f"not kept; {error}"
             except Exception as error:  # a device that failed, host memory that ran out
@@ -252,7 +266,7 @@ def _first(name: str, values: list):
 
 
 def _shown(data: Data, image: list | None, conditioning: list | None) -> Sample | None:
-    """What previews are sampled under, if it is not the first sample."""
+    """The sample under which previews are drawn, None for the first one of the training."""
     if not image and not conditioning:
         return None
     image = checked_image(image[0], "validation_image") if image else None

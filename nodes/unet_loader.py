@@ -26,8 +26,8 @@ class ControlNeXtUNetLoader(io.ComfyNode):
             node_id="ControlNeXtUNetLoader",
             display_name="Load ControlNeXt UNet Weights",
             category="ControlNeXt",
-            description="Applies the second file of a ControlNeXt release, the fine-tuned UNet weights, to a MODEL. "
-                        "Without it control is weak. LoRAs may come before or after.",
+            description="Applies the second file of a ControlNeXt release, fine-tuned UNet weights, to a MODEL. "
+                        "Without it control is weak. LoRAs can come before or after.",
             search_aliases=["controlnext", "unet weights", "unet difference", "delta", "weight increments"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL to apply the weights to; it is not changed."),
@@ -35,10 +35,10 @@ class ControlNeXtUNetLoader(io.ComfyNode):
                                tooltip="UNet weights (often called unet.safetensors) in models/controlnext, "
                                        "models/controlnet or models/diffusion_models."),
                 io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.01,
-                               tooltip="How much of the weights to apply: 1 as they were trained, 0 none."),
+                               tooltip="How much of the weights is applied: 1 is as trained, 0 is nothing."),
                 io.Combo.Input("mode", options=list(MODES), default="auto",
-                               tooltip="difference adds the file to the MODEL's weights, replace puts it in their "
-                                       "place. auto compares the file with the MODEL and tells what it decided."),
+                               tooltip="difference adds the file to the MODEL's weights, replace replaces them. auto "
+                                       "compares the file with the MODEL and shows what it chose."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The MODEL with the weights applied.")],
             hidden=[io.Hidden.unique_id],

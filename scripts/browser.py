@@ -1,9 +1,11 @@
-"""ComfyUI's frontend in the Chromium that is on PATH, driven by Playwright."""
+"""ComfyUI's frontend in a Chromium, driven by Playwright."""
 
 from __future__ import annotations
 
 import json
+import sys
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import comfy_client
@@ -12,15 +14,22 @@ import environment
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Playwright
 
+PICTURES = environment.cache_folder() / "screenshots"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False,
+            "Comfy.Validation.Workflows": True,
             "LiteGraph.Canvas.MinFontSizeForLOD": 0}  # texts at any zoom
+
+
+def options(frontend: str) -> tuple[str, str]:
+    """What ComfyUI has to be started with so that it serves this version of its frontend instead of its own."""
+    return "--front-end-root", str(environment.frontend(frontend, Path(sys.executable)))
 
 
 def launch(playwright: Playwright) -> Browser:
     """A browser without a window."""
-    return playwright.chromium.launch(executable_path=environment.CHROMIUM, args=FLAGS)
+    return playwright.chromium.launch(executable_path=environment.chromium(), args=FLAGS)
 
 
 def open_page(browser: Browser, url: str, settings: dict) -> Page:

@@ -65,6 +65,12 @@ def get_json(url: str):
         return json.load(answer)
 
 
+def inputs_of(url: str) -> Callable[[str], dict]:
+    """What ``graph.to_prompt`` asks of a server: a node's type -> what it takes."""
+    described = get_json(f"{url}/object_info")
+    return lambda kind: described[kind]["input"]
+
+
 def run_graph(url: str, graph: dict, on_event: OnEvent = lambda kind, data: None) -> dict[str, dict]:
     """Queue `graph` (API format: {node id: {"class_type", "inputs"}}) and wait until it has run.
 

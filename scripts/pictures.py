@@ -138,7 +138,8 @@ def photograph_nodes(page: Page, nodes: dict[str, str]) -> None:
     for node, kind in nodes.items():
         rectangle = page.evaluate("""id => {
             const node = app.graph.getNodeById(id)
-            if (!node.imgs) node.setSize([400, node.size[1] + 40])  // for its text
+            node.setSize([400, 0])
+            node.expandToFitContent()
             const [left, top, width, height] = [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]
             app.canvas.deselectAll()
             app.canvas.ds.scale = Math.min(1.6, 800 / height)

@@ -24,6 +24,7 @@ WORKERS = 3  # each with a real ComfyUI, one of them often waiting for a server;
 
 def main() -> int:
     python, comfyui = environment.set_up()
+    environment.get_chromium(python)
 
     pytest = [python, "-m", "pytest"]
     checks, behind = [(f"pytest on {comfyui}", comfyui, [*pytest, *sys.argv[1:]])], []
@@ -40,7 +41,7 @@ def main() -> int:
     with ThreadPoolExecutor() as lanes:
         others = lanes.submit(run, behind, shown=False)
         summary = [*run(checks), *others.result()]
-    if not environment.CHROMIUM:
+    if not environment.chromium():
         summary.append(f"skipped: {environment.NO_CHROMIUM}.")
     print("\n".join(["== Summary", *summary]))
     return int(any(line.startswith("FAILED") for line in summary))

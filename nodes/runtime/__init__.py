@@ -1,1 +1,1 @@
-"""What plugs a control into a sampling: from a loaded CONTROLNEXT to what is added in the denoiser."""
+"""The way of a control into a sampling: from a loaded CONTROLNEXT to the features added in the denoiser."""

@@ -106,7 +106,7 @@ def _mode_of(mode: str, weights: UNetWeights, base: BaseWeights) -> tuple[str, s
 
 
 def remarks(weights: UNetWeights) -> str:
-    """What else to tell about a file that was read: keys that were left out, a base that looks wrong."""
+    """Further remarks on a file that was read: keys that were left out, a base that looks wrong."""
     text = ""
     if weights.left_out:
         names = ", ".join(quoted(key) for key in weights.left_out[:NAMED_KEYS])

@@ -93,10 +93,10 @@ def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def write_whole(path: str) -> Iterator[str]:
-    """Where to write a file, or a folder of files, that becomes ``path`` once the block has ended.
+def write_whole(path: str, input_name: str = "filename_prefix") -> Iterator[str]:
+    """A place to write a file, or a folder of files, that becomes ``path`` once the block has ended.
 
-    That place has no ending that is listed, in a folder of its own beside ``path``. Whatever ends the block early, that
+    It has no ending that is listed, in a folder of its own beside ``path``. Whatever ends the block early, that
     folder goes; only a process that is killed leaves it there, as ``path``, some letters and ``.part``.
 
     Raises:
@@ -113,5 +113,5 @@ def write_whole(path: str) -> Iterator[str]:
         if not isinstance(reason, (OSError, SafetensorError)):
             raise
         reason = getattr(reason, "strerror", reason)
-        raise ValueError(f"filename_prefix: {quoted(name)} could not be written ({reason}), and what was there before "
+        raise ValueError(f"{input_name}: {quoted(name)} could not be written ({reason}), and what was there before "
                          "is unchanged; make room on the disk or choose another folder.") from error

@@ -138,7 +138,7 @@ def note_conds(model_options: dict, conds: Mapping[str, Sequence[dict] | None], 
 
 
 def _given(cond: dict, name: str):
-    """What a cond gives the denoiser under this name, None where it does not."""
+    """The value that a cond gives the denoiser under this name, None where it gives none."""
     return getattr(cond.get("model_conds", {}).get(name), "cond", None)
 
 

@@ -138,7 +138,7 @@ def load_module(path: str, name: str, disable_dynamic: bool = False) -> LoadedMo
 
 
 def load_patcher(path: str, name: str, disable_dynamic: bool = False):
-    """The file's ModelPatcher alone, as ComfyUI asks for it when it needs a copy of its own."""
+    """The file's ModelPatcher, as ComfyUI asks for it when it needs a copy of its own."""
     return load_module(path, name, disable_dynamic).patcher
 
 

@@ -1,4 +1,4 @@
-"""Where control can enter a denoiser of ComfyUI, read off the model's own structure."""
+"""The places at which control can enter a denoiser of ComfyUI, read off the model's own structure."""
 
 import importlib
 from collections.abc import Callable
@@ -30,7 +30,7 @@ MIDDLE_SLOT, MIDDLE_BLOCK = (
     if hasattr(comfy.model_patcher.ModelPatcher, "set_model_middle_block_after_patch")
     else (NEXT_SLOT, NEXT_BLOCK)
 )
-TOKEN_SLOT = "controlnext_tokens"  # of this pack alone: ComfyUI looks after what it holds, and a forward puts it to use
+TOKEN_SLOT = "controlnext_tokens"  # only of this pack: ComfyUI looks after what it holds, and a forward puts it to use
 
 
 POST_INPUT = "post_input"  # ComfyUI's own, behind the patch embedding, for a transformer's first block
@@ -56,7 +56,7 @@ class Transformer:
         width: attribute, or one of an attribute's, with the width of a token.
         blocks: attribute with the blocks.
         others: attributes with further blocks, where no control enters.
-        refiner: attribute with the blocks before them that see the picture alone, in a transformer whose blocks cannot
+        refiner: attribute with the blocks before them that see only the picture, in a transformer whose blocks cannot
             be replaced: control enters after the last of these, and after a block.
         closed: its blocks can neither be replaced nor patched: control enters before the first one alone.
         patch: attribute like ``width``, with the latent pixels that a token stands for, or their last one.
@@ -96,7 +96,7 @@ TRANSFORMERS = {
     QwenImageTransformer2DModel: Transformer({comfy.model_base.QwenImage: "qwen_image"}, "inner_dim",
                                              "transformer_blocks"),
     NextDiT: Transformer({comfy.model_base.Lumina2: "z_image"}, "dim", "layers", ("context_refiner",), "noise_refiner",
-                         lambda transformer: transformer.pad_tokens_multiple or 1),
+                         fill=lambda transformer: transformer.pad_tokens_multiple or 1),
     # tokens of a reference picture stand before the video's in a model that has a layer for it
     WanModel: Transformer({comfy.model_base.WAN21: "wan"}, "dim", "blocks",
                           fill=lambda transformer: None if transformer.ref_conv is None else 1, images=4),

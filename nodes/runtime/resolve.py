@@ -75,9 +75,9 @@ def base_of_model(model: RunningModel) -> str:
 
     kind, why = kind_of(model.base_model, model.denoiser), no_way_into(model.denoiser)
     if why is not None:
-        raise ValueError(f"model: control has no way into the connected MODEL, a {kind}: {why}.")
+        raise ValueError(f"model: control has no way into the connected MODEL, which is {kind}: {why}.")
     raise ValueError(f"model: ControlNeXt steers {listed(base.title for base in BASES.values())} models; the "
-                     f"connected MODEL is a {kind}, which is not supported yet; connect one of those.")
+                     f"connected MODEL is {kind}, which is not supported yet; connect one of those.")
 
 
 def computes_in_few_bits(model: RunningModel) -> bool:

@@ -1,1 +1,1 @@
-"""What runs inside Train ControlNeXt: the samples, a session on a MODEL, a ControlNet as the teacher."""
+"""The training inside Train ControlNeXt: samples, a session on a MODEL, a teacher, kept states."""

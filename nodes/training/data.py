@@ -40,15 +40,17 @@ class Data:
     Attributes:
         ratio: pixels of a picture that one latent pixel stands for.
         images_a_frame: control images that a latent frame of a video stands for, the first one of all for one; 1 for
-            a MODEL of pictures alone.
+            a MODEL that knows only pictures.
         empty: the CONDITIONING of an empty prompt, for dropped captions, or None.
         videos: there are videos among the samples.
+        worn: control images are the pictures, to be made small and worn whenever one comes up.
     """
 
     ratio: int
     images_a_frame = 1
     empty: list | None = None
     videos = False
+    worn = False
 
     def buckets(self) -> list[list[int]]:
         """Indices of the samples, those of one size together."""
@@ -75,7 +77,7 @@ class Data:
         if caption is None:
             caption = first.caption
         else:
-            _check_caption("validation_conditioning", caption)
+            check_caption("validation_conditioning", caption)
         if images is None:
             return Sample(torch.zeros_like(first.latent), caption, first.images)
 
@@ -95,7 +97,7 @@ class Data:
         return torch.cat([self.sample(row).latent for row in rows]).float()
 
     def batch_weights(self, rows: Sequence[int]) -> torch.Tensor | None:
-        """What each position counts in the loss: ``batch_latents`` with one channel; None where all count alike."""
+        """The weight of each position in the loss: ``batch_latents`` with one channel; None where all count alike."""
         samples = [self.sample(row) for row in rows]
         if all(sample.weight is None for sample in samples):
             return None
@@ -194,14 +196,14 @@ class Samples(Data):
             raise ValueError(f"conditioning: there are {len(self.captions)} captions for {count} latents; connect one "
                              f"for each {'video' if self.videos else 'picture or LATENT'}, or one for all.")
         for caption in self.captions:
-            _check_caption("conditioning", caption)
+            check_caption("conditioning", caption)
         if empty is not None:
             if not empty:
                 raise ValueError("empty_conditioning: it holds no caption; connect an encoded empty prompt.")
-            _check_caption("empty_conditioning", empty[0])
+            check_caption("empty_conditioning", empty[0])
         order = [row for bucket in self.buckets() for row in bucket]
         self.captions = [self.captions[row % len(self.captions)] for row in order]
-        self.images = [self.images[row] for bucket in _alike([self._latent_size(one) for one in self.images])
+        self.images = [self.images[row] for bucket in alike([self._latent_size(one) for one in self.images])
                        for row in bucket]
         self.latents, self.weights = ([values[row] for row in order] for values in (self.latents, self.weights))
         for latent, image in zip(self.latents, self.images, strict=True):
@@ -214,13 +216,13 @@ class Samples(Data):
                                  f"{width}x{height}; resize and crop control images exactly as the pictures.")
 
     def _latent_size(self, image: torch.Tensor) -> tuple[int, int, int]:
-        """Of a sample's control; frames that fill no latent frame are left out, as the VAE does."""
+        """(frames, height, width) of the latent that a control stands for; what fills no latent is left out."""
         frames = (len(image) - 1) // self.images_a_frame + 1
         return frames, image.shape[1] // self.ratio, image.shape[2] // self.ratio
 
     def buckets(self) -> list[list[int]]:
         """Indices of the samples, those of one size together."""
-        return _alike([_size(latent) for latent in self.latents])
+        return alike([_size(latent) for latent in self.latents])
 
     def latent_shape(self, row: int) -> tuple[int, ...]:
         return tuple(self.latents[row].shape)
@@ -264,7 +266,7 @@ def _check_latent(batch: torch.Tensor, images_a_frame: int, channels: int | None
 
 
 def _weight_of(latent: dict) -> torch.Tensor | None:
-    """What each position of a LATENT counts in the loss, of its shape but with one channel: its ``noise_mask``."""
+    """The weight of each position of a LATENT in the loss, in its shape with one channel: its ``noise_mask``."""
     mask = latent.get("noise_mask")
     if mask is None:
         return None
@@ -276,7 +278,7 @@ def _weight_of(latent: dict) -> torch.Tensor | None:
     return weight
 
 
-def _check_caption(name: str, entry: list) -> None:
+def check_caption(name: str, entry: list) -> None:
     """Check one entry of a CONDITIONING: the encoded text and the tensors beside it."""
     for tensor in (entry[0], *filter(torch.is_tensor, entry[1].values())):
         if not tensor.numel():
@@ -295,7 +297,7 @@ def _size(latent: torch.Tensor) -> tuple[int, int, int]:
     return latent.shape[0] * latent.shape[2:-2].numel(), *latent.shape[-2:]
 
 
-def _alike(sizes: list[tuple]) -> list[list[int]]:
+def alike(sizes: list[tuple]) -> list[list[int]]:
     """Indices of the sizes, equal ones together, in the order in which each size first appears."""
     groups: dict = {}
     for index, size in enumerate(sizes):

@@ -72,8 +72,9 @@ def loaded_for_training(clone, models: list) -> Iterator[None]:
                 delattr(layer, name)
             if "comfy_force_cast_weights" in before:
                 layer.comfy_force_cast_weights = before["comfy_force_cast_weights"]
-        for parameter in learning:
-            parameter.requires_grad_(True)
+        with torch.inference_mode():  # where those were made that a node loaded
+            for parameter in learning:
+                parameter.requires_grad_(True)
 
 
 def _as_copied(weight: torch.Tensor) -> torch.Tensor:

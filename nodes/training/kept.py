@@ -8,10 +8,9 @@ import torch
 from ...controlnext_core.families import families_of
 from ...controlnext_core.layouts import layout_of
 from ...controlnext_core.sentences import quoted
-from ...controlnext_core.training import Training, faulty_entry
+from ...controlnext_core.training import faulty_entry
 from ..runtime.files import write_whole
 from ..runtime.places import PLACES
-from .control import TrainingControl
 
 FOLDER = "controlnext_training"  # in the output folder
 ENDING = ".pt"
@@ -47,11 +46,10 @@ def free_path(filename_prefix: str) -> str:
     return os.path.join(folder, f"{name}_{counter:05}")
 
 
-def write_kept(path: str, training: Training, control: TrainingControl) -> None:
-    """Write the state of a training, which ``read_kept`` reads. ValueError: the disk refuses."""
+def write_kept(path: str, state: dict) -> None:
+    """Write ``Session.state``, which ``read_kept`` reads. ValueError: the disk refuses."""
     with write_whole(path) as part, open(part, "wb") as file:
-        torch.save({**training.state_dict(), "family": control.family.name, "scale": control.scale,
-                    "place": control.place_name}, file)
+        torch.save(state, file)
 
 
 def read_kept(name: str) -> dict:

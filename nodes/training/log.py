@@ -1,4 +1,4 @@
-"""What a training writes down as it goes: a table of its losses, and TensorBoard's files where that is installed."""
+"""The log of a training: a table of its losses, and TensorBoard's files where that is installed."""
 
 import csv
 import logging
@@ -7,11 +7,6 @@ import os
 import numpy as np
 
 from ...controlnext_core.training import Training
-
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:  # the package tensorboard is not there
-    SummaryWriter = None
 
 COLUMNS = ("loss", "learning_rate", "unet_learning_rate", "scale_learning_rate", "scale")
 
@@ -37,8 +32,7 @@ class Log:
             self._file = open(f"{self._first_part}_losses.csv", "w", newline="", buffering=1)
             self._table = csv.writer(self._file)
             self._table.writerow(["step", *COLUMNS])
-            if SummaryWriter is not None:
-                self._board = SummaryWriter(f"{self._first_part}_tensorboard")
+            self._board = _tensorboard(f"{self._first_part}_tensorboard")
         except OSError as error:
             self._give_up(error)
         return self
@@ -75,3 +69,12 @@ class Log:
         logging.warning("ControlNeXt: the losses of the training are not written any more (%s); make room on the disk.",
                         error.strerror)
         self.__exit__()
+
+
+def _tensorboard(folder: str):
+    """A writer of TensorBoard's files, None where the package is not installed, or cannot be imported."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # slow, and nobody needs it before a training
+    except Exception:  # packages that do not fit each other raise all kinds
+        return None
+    return SummaryWriter(folder)

@@ -28,7 +28,7 @@ from ..runtime.resolve import model_of
 from ..runtime.run import Run, controls_in
 from .data import Data, Sample, conds_of
 from .denoiser import loaded_for_training, trainable_clone
-from .kept import read_kept, write_kept
+from .kept import read_kept
 from .settings import DTYPES, NONE, TrainSettings
 from .start import start_control, start_differences
 from .teacher import Teacher
@@ -40,21 +40,21 @@ PREDICTIONS = ((comfy.model_sampling.CONST, "flow"), (comfy.model_sampling.V_PRE
 
 @dataclass(frozen=True)
 class Drawn:
-    """What chance decides of one batch.
+    """The random part of one batch.
 
     Attributes:
         rows: of the samples.
         sigma: (B,) noise levels, on the denoiser's device.
         noise: as ``Data.batch_latents``.
         dropped: which rows take the empty caption.
-        images: (B, 3, H, W) control images; None where another rank makes them.
+        seed: begins the generator that makes worn control images.
     """
 
     rows: list[int]
     sigma: torch.Tensor
     noise: torch.Tensor
     dropped: list[bool]
-    images: torch.Tensor | None
+    seed: int
 
 
 class Session:
@@ -68,15 +68,15 @@ class Session:
     Args:
         model: the MODEL (a ModelPatcher); it stays as it is.
         data: the samples.
-        settings: what is asked for.
+        settings: those of the node.
         controlnext: the one to train further; None begins a new one.
         teacher: to learn from, beside the samples.
-        shown: what previews are sampled under; the first sample if None.
+        shown: the sample under which previews are drawn; the first one if None.
         ranks: the processes that train together.
 
     Attributes:
         training: the state, with ``step`` and ``losses``.
-        control: what is trained, as the denoiser gets it.
+        control: the trained control, as the denoiser gets it.
 
     Raises:
         ValueError: settings, control and MODEL do not fit each other; one sentence that names the input.
@@ -90,6 +90,7 @@ class Session:
         self.model, self.data, self.settings, self.teacher = model, data, settings, teacher
         self.ranks = ranks or Ranks()
         self.shown = shown
+        self._wears = settings.super_resolution or data.worn
         self._buckets = data.buckets()
         self._resources = ExitStack()
 
@@ -167,7 +168,7 @@ class Session:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.data.latent_shape(0), generator=generator).to(self.device)
         sigma = self.sampling.sigmas[len(self.sampling.sigmas) // 2].to(self.device).expand(len(x))
-        self.control.images = self._control_images([0], generator)
+        self.control.images = self._worn(self.data.batch_images([0]), 0)
         conds = self._conds([0], [False])
         untaught = self.denoise_without_student(x, sigma, conds)
         advice = "connect one that is made for the MODEL"
@@ -198,12 +199,12 @@ class Session:
 
     def step(self) -> float:
         """One update; its loss. Whatever ends it early leaves the training as it was before."""
-        return self.training.update(self.loss_of_batch, lambda: self._draw(others=True))
+        return self.training.update(self.loss_of_batch, lambda: self._draw(self.training.generator))
 
     def loss_of_batch(self) -> torch.Tensor:
         """The mean loss of the next batch that the training's generator draws, with gradients."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        drawn = self._draw()
+        drawn = self._draw(self.training.generator)
         latents = self.base_model.process_latent_in(self.data.batch_latents(drawn.rows).to(self.device))
         conds = self._conds(drawn.rows, drawn.dropped)
         counts = self.data.batch_weights(drawn.rows)
@@ -212,7 +213,7 @@ class Session:
 
         noise = drawn.noise.to(self.device)
         x = self.sampling.noise_scaling(drawn.sigma, noise, latents)
-        self.control.images = drawn.images
+        self.control.images = self._worn(self.data.batch_images(drawn.rows), drawn.seed)
         # the teacher first, while no graph of the student's takes memory
         taught = self.denoise_without_student(x, drawn.sigma, conds, self.teacher) if self.teacher else None
         denoised = self.denoise(x, drawn.sigma, conds)
@@ -225,28 +226,22 @@ class Session:
             loss = torch.lerp(loss, loss_against(taught), self.teacher.share)
         return loss.mean()
 
-    def _draw(self, others: bool = False, generator: torch.Generator | None = None) -> Drawn:
-        """Draw the next batch.
-
-        Args:
-            others: it is another rank's, so that nothing of it is read.
-            generator: the training's, if it is None.
-        """
-        generator = generator or self.training.generator
+    def _draw(self, generator: torch.Generator) -> Drawn:
         rows = draw_rows(self._buckets, self.settings.batch_size, generator)
         shape = self.data.latent_shape(rows[0])
         frames = shape[0]  # 1, or those of a video in rows
         sigma = self._draw_sigmas(len(rows), generator).repeat_interleave(frames).to(self.device)
         noise = torch.randn((frames * len(rows), *shape[1:]), generator=generator)
         dropped = drop_captions(len(rows), self.settings.caption_dropout, generator)
-        return Drawn(rows, sigma, noise, dropped, self._control_images(rows, generator, others))
+        seed = int(torch.randint(2 ** 62, (), generator=generator)) if self._wears else 0
+        return Drawn(rows, sigma, noise, dropped, seed)
 
     def _read_ahead(self) -> None:
         """Have the samples of this rank's next batch read while the denoiser runs."""
         generator = torch.Generator()
         generator.set_state(self.training.generator.get_state())
         for _ in range(self.ranks.count - 1):
-            self._draw(True, generator)
+            self._draw(generator)
         self.data.read_ahead(draw_rows(self._buckets, self.settings.batch_size, generator))
 
     def _draw_sigmas(self, rows: int, generator: torch.Generator) -> torch.Tensor:
@@ -267,16 +262,18 @@ class Session:
         sigmas = comfy.samplers.calculate_sigmas(self.sampling, "simple", PREVIEW_STEPS).to(self.device)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(shown.latent.shape, generator=generator).to(self.device)
-        self.control.images = self._worn(self.data.images_of([shown]), generator)
+        self.control.images = self._worn(self.data.images_of([shown]), 0)
         conds = conds_of(self.base_model, [shown.caption], [shown.latent], self.device)
         x = self.sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), True)
         x0 = comfy.k_diffusion.sampling.sample_euler(lambda x, sigma: self.denoise(x, sigma, conds), x, sigmas,
                                                      disable=True)
         return self.previewer.decode_latent_to_preview_image("JPEG", x0)
 
-    def keep(self, path: str) -> None:
-        """Write the state, from which ``resume_from`` goes on. ValueError: the disk refuses."""
-        write_kept(path, self.training, self.control)
+    def state(self) -> dict:
+        """Everything that ``resume_from`` goes on from, on the host."""
+        control = self.control
+        return {**self.training.state_dict(), "family": control.family.name, "scale": control.scale,
+                "place": control.place_name}
 
     def result(self) -> tuple:
         """(CONTROLNEXT, the MODEL with the trained UNet weights)."""
@@ -292,17 +289,11 @@ class Session:
     def _conds(self, rows: Sequence[int], dropped: Sequence[bool]) -> dict[str, torch.Tensor]:
         return self.data.batch_conds(self.base_model, rows, dropped, self.device)
 
-    def _control_images(self, rows: Sequence[int], generator: torch.Generator,
-                        others: bool = False) -> torch.Tensor | None:
-        """The control images of a batch, (B, 3, H, W), B its pictures or all frames of its videos."""
-        if others and not self.settings.super_resolution:
-            return None
-        return self._worn(self.data.batch_images(rows), generator)
-
-    def _worn(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _worn(self, images: torch.Tensor, seed: int) -> torch.Tensor:
         """The images, or for super-resolution small worn copies of them, as large again."""
-        if not self.settings.super_resolution:
+        if not self._wears:
             return images
+        generator = torch.Generator().manual_seed(seed)
         height, width = images.shape[-2:]
         pixels = (255 * images.movedim(1, -1)).round().clamp(0, 255).byte().cpu().contiguous().numpy()
         small = [torch.from_numpy(degraded(picture, generator))[None].movedim(-1, 1) / 255 for picture in pixels]

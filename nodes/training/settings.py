@@ -1,4 +1,4 @@
-"""What a training is asked for."""
+"""The settings of a training."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What a training begins with: a module and UNet differences, new ones or those that it goes on with."""
+"""The beginning of a training: a module and UNet differences, new ones or those that it goes on with."""
 
 import comfy.ops
 import torch

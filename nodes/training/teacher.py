@@ -27,7 +27,7 @@ class Teacher:
             if control_net.latent_format is not None and vae is None:
                 raise ValueError("teacher_vae: the connected teacher takes control images as latents; connect the VAE "
                                  "that belongs to the MODEL.")
-            # acts over the whole range: a batch is of many noise levels, and a ControlNet asks for the first alone
+            # acts over the whole range: a batch is of many noise levels, and a ControlNet asks only for the first
             copy = control_net.copy().set_cond_hint(None, strength * control_net.strength, vae=vae)
             if self.chain:
                 self.chain[-1].set_previous_controlnet(copy)
@@ -48,7 +48,7 @@ class Teacher:
             self.chain[0].cleanup()
 
     def __call__(self, images: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor, conds: dict, options: dict):
-        """What ``apply_model`` takes as ``control`` for this batch; a ControlNeXt puts it into ``options`` instead.
+        """The ``control`` of this batch for ``apply_model``; a ControlNeXt puts its own into ``options`` instead.
 
         Args:
             images: (B, 3, H, W) in [0, 1].

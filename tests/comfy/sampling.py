@@ -53,7 +53,7 @@ def one_forward(model, positive, latent, sigma: float) -> torch.Tensor:
     x = latent / sampling.calculate_input(torch.tensor([sigma]), torch.ones(1, 1, 1, 1))
 
     def sampler(apply, _, sigmas, extra_args=None, **__):
-        apply(x, sigmas[:1].expand(len(x)), **extra_args)
+        apply(x.to(sigmas.device), sigmas[:1].expand(len(x)), **extra_args)
         return x
     try:
         with torch.inference_mode():

@@ -71,6 +71,7 @@ MOVES = {"outside of inference mode": lambda model: clone_data(model),
          "under inference mode": torch.inference_mode()(clone_data)}
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("base", ["sd15", "sdxl", *TRANSFORMERS])
 def test_a_model_that_a_node_loaded_is_trained_as_often_as_one_likes_wherever_its_weights_were_moved(train, base):
     with torch.inference_mode():
@@ -89,6 +90,7 @@ def leftovers(model) -> dict:
     return {key: value if isinstance(value, plain) else type(value) for key, value in values.items()}
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("base", ["sd15", "sd3", "flux"])
 @pytest.mark.parametrize("ends", ["whole", "interrupted"])
 def test_nothing_of_a_training_stays_on_a_model(train, base, ends):
@@ -197,12 +199,13 @@ def test_when_an_error_ends_a_training_its_step_is_given_back_before_the_state_i
         held.append(weakref.ref(output))
         if len(held) == 2:
             raise comfy.model_management.OOM_EXCEPTION("out of memory")
-    kept = pack("nodes.training.session").write_kept
+    session = pack("nodes.training.session").Session
+    state = session.state
 
-    def note(*args):
+    def note(self):
         alive_while_kept.extend(one() is not None for one in held)
-        kept(*args)
-    monkeypatch.setattr(pack("nodes.training.session"), "write_kept", note)
+        return state(self)
+    monkeypatch.setattr(session, "state", note)
     hook = model.model.diffusion_model.register_forward_hook(run_out_in_the_second_step)
     with pytest.raises(comfy.model_management.OOM_EXCEPTION):
         train(model, filename_prefix="oom")

@@ -209,7 +209,7 @@ def test_start_not_before_end_is_an_error(apply, sd15, start, end):
 def test_a_model_of_no_known_base_is_not_supported_yet(apply):
     with pytest.raises(ValueError) as raised:
         apply(transformer_model("HunyuanVideo"))
-    assert "models; the connected MODEL is a HunyuanVideo, which is not supported yet" in one_sentence(raised)
+    assert "models; the connected MODEL is HunyuanVideo, which is not supported yet" in one_sentence(raised)
 
 
 @pytest.mark.versions
@@ -219,7 +219,7 @@ def test_a_model_of_no_known_base_is_not_supported_yet(apply):
 def test_a_model_that_control_has_no_way_into_is_refused_with_the_reason(apply, kind, why):
     with pytest.raises(ValueError) as raised:
         apply(transformer_model(kind))
-    assert f"control has no way into the connected MODEL, a {kind}: {why}" in one_sentence(raised)
+    assert f"control has no way into the connected MODEL, which is {kind}: {why}" in one_sentence(raised)
 
 
 LOOK_ALIKES = {  # {ComfyUI's class: (what it is built like, what differs, its name)}
@@ -250,7 +250,7 @@ def test_a_model_that_is_built_like_a_base_is_refused_by_its_name(run, apply, lo
                                 filename_prefix="refused")):
         with pytest.raises(ValueError) as raised:
             refused()
-        assert f"the connected MODEL is a {name}, which is not supported yet; connect one of" in one_sentence(raised)
+        assert f"the connected MODEL is {name}, which is not supported yet; connect one of" in one_sentence(raised)
 
 
 @pytest.mark.parametrize("base, changes", [

@@ -66,5 +66,5 @@ def test_control_enters_a_block_that_skip_layer_guidance_skips(run, sd3, control
 def test_a_place_that_a_transformer_lacks_is_answered_with_those_that_it_has(sd3, control, controlnext):
     with pytest.raises(ValueError, match=r"^inject_at: small.safetensors gives 192 channels and should enter at "
                                          r"down_0, but the connected MODEL has no such place; set inject_at to "
-                                         r"tokens or block_0 or block_1\.$"):
+                                         r"tokens, block_0 or block_1\.$"):
         drawn("sd3", *control(sd3, controlnext, picture(), inject_at="down_0"))

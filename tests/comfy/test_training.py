@@ -401,7 +401,7 @@ def test_a_controlnext_for_another_model_is_refused(train, unet):
     with pytest.raises(ValueError, match="controlnext: test gives 64 channels where the connected MODEL takes 32"):
         train(small_unet("sd15", model_channels=32), controlnext=controlnext)
     with pytest.raises(ValueError, match="inject_at: .* should enter at down_0, a place that .* lacks; set inject_at "
-                                         "to conv_in or before_middle or middle"):
+                                         "to conv_in, before_middle or middle"):
         train(narrow_unet(**ONE_LEVEL))
     with_unet = train(unet, steps=1)[0]
     with pytest.raises(ValueError, match="controlnext: test was trained with UNet weights that .* MODEL lacks"):

@@ -13,9 +13,11 @@ OTHER_FILES = {
     "a LoRA": ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight"],
     "a T2I-Adapter": ["adapter.body.0.resnets.0.block1.weight"],
     "a VAE": ["encoder.conv_in.weight", "decoder.conv_out.weight"],
-    "UNet weights": ["down_blocks.0.resnets.0.conv1.weight", "up_blocks.1.attentions.0.proj_in.weight"],
+    "UNet weights, which": ["down_blocks.9.resnets.0.conv1.weight", "up_blocks.9.attentions.0.proj_in.weight"],
+    "UNet weights for SDXL, which": ["add_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight"],
+    "UNet weights for SD3, which": ["joint_blocks.0.x_block.attn.qkv.weight"],
     "a full checkpoint": ["model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x"],
-    "a transformer diffusion model": ["double_blocks.0.img_attn.qkv.weight"],
+    "UNet weights for Flux.1, Chroma or Flux.2": ["double_blocks.0.img_attn.qkv.weight"],
     "of an unknown kind": ["weight"],
 }
 

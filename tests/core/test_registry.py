@@ -22,10 +22,16 @@ def run(module: str, *arguments, folder: Path, home: Path) -> str:
     return done.stdout + done.stderr
 
 
+def unpublished() -> set[str]:
+    """Names of files and folders that the registry does not get."""
+    listed = [(REPOSITORY / name).read_text().split() for name in (".comfyignore", ".gitignore")]
+    return {line.strip("/") for lines in listed for line in lines} | {".git"}
+
+
 @pytest.fixture
 def published(tmp_path) -> Path:
     """The texts of what the registry gets: all but what .comfyignore names."""
-    left_out = {line.strip("/") for line in (REPOSITORY / ".comfyignore").read_text().split()} | {".git"}
+    left_out = unpublished()
 
     def ignored(folder: str, names: list[str]) -> list[str]:
         return [name for name in names
@@ -42,3 +48,13 @@ def test_comfy_node_validate_passes_without_a_warning(tmp_path):
 def test_the_static_levels_of_comfy_test_pass(published, tmp_path):
     output = run("comfy_test", "lint", "--strict", folder=published, home=tmp_path)
     assert "[SYNTAX] PASSED" in output and "[JAVASCRIPT] PASSED" in output
+
+
+def test_what_the_registry_gets_stays_under_5_megabytes():
+    left_out = unpublished()
+    sizes = {}
+    for folder, folders, files in os.walk(REPOSITORY):
+        folders[:] = [name for name in folders if name not in left_out]
+        sizes |= {path: path.stat().st_size for path in (Path(folder, name) for name in files if name not in left_out)}
+    assert REPOSITORY / "nodes" / "apply.py" in sizes
+    assert sum(sizes.values()) < 5_000_000

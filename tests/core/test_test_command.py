@@ -18,5 +18,6 @@ def test_the_last_line_says_that_the_browser_tests_were_skipped_only_where_there
     if there:
         (tmp_path / "chromium").symlink_to(ALWAYS_SUCCEEDS)
     done = subprocess.run([sys.executable, COMMAND], capture_output=True, text=True, check=True, env={
-        **os.environ, "PATH": str(tmp_path), "COMFYUI_PATH": str(tmp_path), "COMFYUI_PYTHON": ALWAYS_SUCCEEDS})
+        **os.environ, "PATH": str(tmp_path), "CONTROLNEXT_CACHE": str(tmp_path / "cache"),
+        "COMFYUI_PATH": str(tmp_path), "COMFYUI_PYTHON": ALWAYS_SUCCEEDS})
     assert ("apt-get install chromium" in done.stdout.splitlines()[-1]) is not there

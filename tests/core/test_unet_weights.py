@@ -81,7 +81,7 @@ def test_a_text_encoder_beside_the_weights_does_not_make_them_another_base_s():
     (["embedding.0.weight", "down_res.0.conv1.weight", "down_sample.0.conv.weight", "mid_convs.1.weight",
       "time_embedding.linear_1.weight"], "a ControlNeXt model"),
     (["encoder.conv_in.weight", "decoder.conv_in.weight"], "a VAE"),
-    (["double_blocks.0.img_attn.qkv.weight"], "a transformer diffusion model"),
+    (["joint_blocks.0.x_block.attn.qkv.weight"], "UNet weights for SD3"),
     (["down_blocks.9.resnets.0.temporal_res_block.conv1.weight"], "UNet weights for SVD"),
     (["down_blocks.9.attentions.0.proj_in.weight"], "UNet weights of another kind of model"),
     (["something.else"], "of an unknown kind"),

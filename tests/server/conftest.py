@@ -1,6 +1,11 @@
-"""A real ComfyUI server as a process, with this pack and the demo's random weights."""
+"""A real ComfyUI server as a process, with this pack and the demo's random weights, and its page in a browser.
 
+What a page showed at the end of a test lies as browser.PICTURES/<test>.png, the last run's.
+"""
+
+import functools
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +14,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "scripts"))
 sys.path.append(str(Path(__file__).parent))  # the helpers beside this file
+import browser  # noqa: E402
 import comfy_client  # noqa: E402
+import demo  # noqa: E402
 import environment  # noqa: E402
 import numpy as np  # noqa: E402
 import stand_in  # noqa: E402
@@ -55,3 +62,39 @@ def pictures(base) -> None:
 def url(comfyui, base):
     with comfy_client.running_server(comfyui, base, options=("--cpu",)) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def open_page(url):
+    """open_page(locale): ComfyUI in that language's window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need the Python package playwright")
+    with playwright.sync_playwright() as run:  # ended with this module: other tests run event loops of their own
+        chromium = browser.launch(run)
+
+        @functools.cache
+        def open_page(locale: str):
+            return browser.open_page(chromium, url, {"Comfy.Locale": locale})
+        yield open_page
+
+
+@pytest.fixture
+def page(open_page, request):
+    page = open_page("en")
+    yield page
+    browser.PICTURES.mkdir(exist_ok=True)
+    page.screenshot(path=browser.PICTURES / f"{re.sub('[^A-Za-z0-9.]+', '_', request.node.name)}.png")
+
+
+@pytest.fixture(params=[False, True], ids=["classic", "Nodes 2.0"])
+def nodes2(page, request):
+    """Whether the frontend shows nodes in its newer face, as it does until the test ends."""
+    switch = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+    page.evaluate(switch, request.param)
+    yield request.param
+    page.evaluate(switch, False)
+
+
+@pytest.fixture
+def main_job(base) -> dict:
+    Image.radial_gradient("L").resize((128, 96)).convert("RGB").save(base / "input" / "browser.png")
+    return demo.main_job(stand_in.CHECKPOINT, stand_in.CONTROLNEXT, "browser.png", size=(128, 96), steps=1)

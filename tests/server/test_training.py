@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import stand_in
 import thumbnails
+from graph import to_prompt
 from PIL import Image
 from training_graph import graph
-from workflow_prompt import to_prompt
 
 from demo_model import provide
 from demo_model.drawings import load_held_out
@@ -43,7 +43,7 @@ def test_the_training_workflow_trains_saves_and_draws_with_and_without_control(u
     thumbnails.put_training(drawings[:4], captions[:4], base / "input")
     drawing = thumbnails.put_drawing("rooster", False, base / "input")
     workflow = json.loads((thumbnails.EXAMPLES / "Train ControlNeXt.json").read_text(encoding="utf-8"))
-    prompt = thumbnails.on_small_model(to_prompt(workflow, comfy_client.get_json(f"{url}/object_info")),
+    prompt = thumbnails.on_small_model(to_prompt(workflow, comfy_client.inputs_of(url)),
                                        SimpleNamespace(steps=2, cfg=1.0, seed=0, training_steps=2), [drawing],
                                        ["rooster"])
     shown = {prompt[node]["class_type"]: output for node, output in comfy_client.run_graph(url, prompt).items()}
@@ -62,7 +62,7 @@ def test_the_distilling_workflow_learns_from_the_base_s_own_pictures_saves_and_d
     """From the file to the pictures, as small as can be; a ControlNeXt stands for the ControlNet."""
     Image.radial_gradient("L").convert("RGB").save(base / "input" / "distil.png")
     workflow = json.loads((thumbnails.EXAMPLES / "Distil a ControlNet.json").read_text(encoding="utf-8"))
-    prompt = to_prompt(workflow, comfy_client.get_json(f"{url}/object_info"))
+    prompt = to_prompt(workflow, comfy_client.inputs_of(url))
     small = {"ckpt_name": stand_in.CHECKPOINT, "image": "distil.png", "steps": 2, "width": 64, "height": 64,
              "batch_size": 1, "training_dtype": "fp32", "grad_accumulation_steps": 1, "preview_every": 0}
     for node in list(prompt.values()):

@@ -17,9 +17,9 @@ import comfy_client
 import environment
 import pytest
 import torch
+from graph import to_prompt
 from PIL import Image
 from safetensors.torch import save_file
-from workflow_prompt import to_prompt
 
 TESTS = Path(__file__).resolve().parent.parent
 SIZE = 64
@@ -61,12 +61,12 @@ def files(comfyui, base, goldens) -> None:
 @pytest.fixture(scope="module")
 def run(url, base, files):
     """run(name, without): the Result of a workflow; the strength of the node ``without`` is 0."""
-    object_info = comfy_client.get_json(f"{url}/object_info")
+    inputs_of = comfy_client.inputs_of(url)
 
     @functools.cache
     def run_workflow(name: str, without: str = "") -> Result:
         graph = to_prompt(json.loads((environment.REPOSITORY / "example_workflows" / f"{name}.json").read_text()),
-                          object_info)
+                          inputs_of)
         smaller = {**SMALLER, "ImageFromBatch": {"length": FRAMES[name]}, without: {"strength": 0.0}}
         for node in graph.values():
             node["inputs"] = {key: FILES.get(value, value) if isinstance(value, str) else value

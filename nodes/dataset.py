@@ -1,0 +1,83 @@
+"""ControlNeXt Dataset."""
+
+import os
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..controlnext_core.ranks import Ranks
+from ..controlnext_core.sentences import quoted
+from .inputs import DatasetType, checked_inputs
+from .preview import show_text
+from .training.dataset import CONTROLS, DataSettings, changes_of, encode, tell
+from .training.settings import NONE
+
+FOLDER = "controlnext_datasets"  # in the output folder
+
+
+class ControlNeXtDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        folders = folder_paths.get_input_subfolders()
+        return io.Schema(
+            node_id="ControlNeXtDataset",
+            display_name="ControlNeXt Dataset",
+            category="ControlNeXt",
+            description="A folder of pictures with captions, of any size, to train a ControlNeXt on. Pictures are "
+                        "encoded once and read back when a training needs them.",
+            search_aliases=["controlnext dataset", "training dataset", "dataset from folder", "load training images"],
+            inputs=[
+                io.Combo.Input("folder", options=folders,
+                               tooltip="The folder in ComfyUI's input folder with the pictures; a caption is the text "
+                                       "of the .txt file of the same name. Pictures in a folder in it that is called "
+                                       "10_name count ten times."),
+                io.Vae.Input("vae", tooltip="The MODEL's VAE."),
+                io.Clip.Input("clip", tooltip="The MODEL's CLIP."),
+                io.Int.Input("size", default=DataSettings.size, min=64, max=4096, step=16,
+                             tooltip="Side of a square with as many pixels as each picture is brought to: 512 for "
+                                     "SD1.5, 1024 for SDXL and later models."),
+                io.Boolean.Input("buckets", default=DataSettings.buckets,
+                                 tooltip="Keeps the shape of each picture, cut a little so that few sizes come up. "
+                                         "Off, all are cut to squares."),
+                io.Combo.Input("control", options=list(CONTROLS), default=DataSettings.control,
+                               tooltip="The control image that is made of each picture, where control_folder is none: "
+                                       "its edges; white where it is brighter than mask_threshold; or, for "
+                                       "super-resolution, a small worn copy, drawn anew each time."),
+                io.Float.Input("mask_threshold", default=DataSettings.threshold, min=0.0, max=1.0, step=0.01,
+                               tooltip="Brightness from which on a mask is white."),
+                io.Combo.Input("control_folder", options=[NONE, *folders], default=NONE, optional=True,
+                               tooltip="A folder in ComfyUI's input folder with a control image for each picture, of "
+                                       "the same name: depth, poses, whatever you made."),
+                io.Combo.Input("weights_folder", options=[NONE, *folders], default=NONE, optional=True, advanced=True,
+                               tooltip="A folder with a gray picture of the same name for each picture: how much each "
+                                       "part of it counts in the loss. Hands, for example, are white and the rest is "
+                                       "gray."),
+            ],
+            outputs=[DatasetType.Output(display_name="dataset", tooltip="For Train ControlNeXt.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder=None, control_folder=NONE, weights_folder=NONE, **_) -> str:
+        return changes_of(*(_path_of(name) for name in (folder, control_folder, weights_folder)))
+
+    @classmethod
+    def execute(cls, vae, clip, **values) -> io.NodeOutput:
+        given = checked_inputs(cls, **values)
+        for name in ("folder", "control_folder", "weights_folder"):
+            path = _path_of(given.get(name))
+            if path and not os.path.isdir(path):
+                raise ValueError(f"{name}: {quoted(given[name])} is no folder in ComfyUI's input folder any more; put "
+                                 "it back or choose another one.")
+            given[name] = path
+        given["threshold"] = given.pop("mask_threshold")
+
+        name = values["folder"].replace("/", "_")
+        cache = os.path.join(folder_paths.get_output_directory(), FOLDER, name)
+        dataset, encoded, left_out = encode(DataSettings(**given), vae, clip, cache, Ranks())
+        return io.NodeOutput(dataset, ui=show_text(cls, tell(dataset, encoded, left_out)))
+
+
+def _path_of(name: str | None) -> str | None:
+    """The path of a listed folder; None for none, or where the name comes over a link."""
+    return None if name in (NONE, None) else os.path.join(folder_paths.get_input_directory(), name)
