@@ -86,6 +86,12 @@ TRANSFORMERS = (
     Released(name="Krea 2", base="krea2", halves=2, text=256,
              changes=dict(features=6144, heads=48, kvheads=12, multiplier=4, layers=28, tdim=256, txtdim=2560,
                           txtlayers=12, txtheads=20, txtkvheads=20)),
+    Released(name="Anima", base="anima", halves=2, text=512,
+             changes=dict(model_channels=2048, crossattn_emb_channels=1024, num_blocks=28, num_heads=16, mlp_ratio=4.0,
+                          adaln_lora_dim=256)),
+    Released(name="AuraFlow", base="auraflow", halves=2, text=256, channels=4,
+             changes=dict(dim=3072, n_layers=36, n_heads=12, global_conddim=3072, cond_seq_dim=2048, n_double_layers=4,
+                          max_seq=64 ** 2)),
 )
 
 

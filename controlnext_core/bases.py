@@ -62,6 +62,11 @@ BASES = {
         Base("hunyuan_video15", "HunyuanVideo 1.5", _FIRST_BLOCKS, ("cond_type_embed",), shared=_FLUX_SHARED),
         Base("ltxv", "LTX-Video", r"^transformer_blocks\.\d\.attn1\.to_out", ("caption_projection.", "patchify_proj.")),
         Base("krea2", "Krea 2", _FIRST_BLOCKS, ("txtfusion.", "text_fusion."), shared=(".attn.",)),
+        Base("anima", "Anima", r"^transformer_blocks\.\d\.attn1\.to_out",
+             ("adaln_modulation_self_attn.", ".norm1.linear_1.", "llm_adapter.")),
+        Base("auraflow", "AuraFlow", r"^(joint_transformer_blocks\.\d|single_transformer_blocks\.[0-5])\.attn\.to_out",
+             ("double_layers.", "single_layers.", "joint_transformer_blocks."),
+             shared=("single_transformer_blocks.", ".attn.")),
     )
 }
 

@@ -70,6 +70,12 @@ _WAN_ATTENTION = {
     "q": ("to_q",), "k": ("to_k",), "v": ("to_v",), "o": ("to_out.0",), "norm_q": ("norm_q",), "norm_k": ("norm_k",),
     "k_img": ("add_k_proj",), "v_img": ("add_v_proj",), "norm_k_img": ("norm_added_k",),
 }
+_ANIMA_ATTENTION = {
+    "q_proj": ("to_q",), "k_proj": ("to_k",), "v_proj": ("to_v",), "output_proj": ("to_out.0",), "q_norm": ("norm_q",),
+    "k_norm": ("norm_k",),
+}
+_ANIMA_MODULATION = {"1": ("linear_1",), "2": ("linear_2",)}
+_AURAFLOW_MLP = {"c_fc1": ("linear_1",), "c_fc2": ("linear_2",), "c_proj": ("out_projection",)}
 _KREA2_BLOCK = {
     "attn.wq": ("attn.to_q",), "attn.wk": ("attn.to_k",), "attn.wv": ("attn.to_v",), "attn.wo": ("attn.to_out.0",),
     "attn.gate": ("attn.to_gate",), "attn.qknorm.qnorm": ("attn.norm_q",), "attn.qknorm.knorm": ("attn.norm_k",),
@@ -155,6 +161,31 @@ TRANSFORMERS = {
     }, {"blocks": ("transformer_blocks", _KREA2_BLOCK),
         "txtfusion.layerwise_blocks": ("text_fusion.layerwise_blocks", _KREA2_BLOCK),
         "txtfusion.refiner_blocks": ("text_fusion.refiner_blocks", _KREA2_BLOCK)}),
+    "anima": Names({
+        "x_embedder.proj.1": "patch_embed.proj", "t_embedding_norm": "time_embed.norm",
+        "final_layer.linear": "proj_out",
+        **_under("final_layer.adaln_modulation", "norm_out", {"1": "linear_1", "2": "linear_2"}),
+        **_under("t_embedder.1", "time_embed.t_embedder", {"linear_1": "linear_1", "linear_2": "linear_2"}),
+    }, {"blocks": ("transformer_blocks", {
+        "mlp.layer1": ("ff.net.0.proj",), "mlp.layer2": ("ff.net.2",),
+        **_all_under("self_attn", "attn1", _ANIMA_ATTENTION), **_all_under("cross_attn", "attn2", _ANIMA_ATTENTION),
+        **_all_under("adaln_modulation_self_attn", "norm1", _ANIMA_MODULATION),
+        **_all_under("adaln_modulation_cross_attn", "norm2", _ANIMA_MODULATION),
+        **_all_under("adaln_modulation_mlp", "norm3", _ANIMA_MODULATION)})}),
+    "auraflow": Names({
+        "positional_encoding": "pos_embed.pos_embed", "init_x_linear": "pos_embed.proj", "final_linear": "proj_out",
+        "cond_seq_linear": "context_embedder", "modF.1": "norm_out.linear",
+        **_under("t_embedder.mlp", "time_step_proj", {"0": "linear_1", "2": "linear_2"}),
+    }, {"double_layers": ("joint_transformer_blocks", {
+        "modX.1": ("norm1.linear",), "modC.1": ("norm1_context.linear",),
+        "attn.w2q": ("attn.to_q",), "attn.w2k": ("attn.to_k",), "attn.w2v": ("attn.to_v",),
+        "attn.w2o": ("attn.to_out.0",), "attn.w1q": ("attn.add_q_proj",), "attn.w1k": ("attn.add_k_proj",),
+        "attn.w1v": ("attn.add_v_proj",), "attn.w1o": ("attn.to_add_out",),
+        **_all_under("mlpX", "ff", _AURAFLOW_MLP), **_all_under("mlpC", "ff_context", _AURAFLOW_MLP)}),
+        "single_layers": ("single_transformer_blocks", {
+            "modCX.1": ("norm1.linear",), "attn.w1q": ("attn.to_q",), "attn.w1k": ("attn.to_k",),
+            "attn.w1v": ("attn.to_v",), "attn.w1o": ("attn.to_out.0",), **_all_under("mlp", "ff", _AURAFLOW_MLP)}),
+        }, ("modF.1",)),
 }
 
 
@@ -174,7 +205,8 @@ def transformer_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
         exchanged = path in names.exchanged
         theirs = [f"{names.top.get(path, path)}.{end}"] if path else [names.top.get(key, key)]
 
-        if match := re.fullmatch(r"([\w.]+?)\.(\d+)\.(.+)", path):
+        match = re.fullmatch(r"([\w.]+?)\.(\d+)\.(.+)", path)
+        if match and path not in names.top:
             ours, block, layer = match.groups()
             their_blocks, layers = names.blocks.get(ours, (ours, {}))
             theirs = [f"{their_blocks}.{block}.{name}.{end}" for name in layers.get(layer, (layer,))]

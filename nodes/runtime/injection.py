@@ -90,8 +90,9 @@ class Injection:
         return {"img": add_to_tokens(img, waiting, self.place.fill)}
 
     def _after_input(self, args: dict) -> dict:
-        waiting = waiting_at(self.place, self.controls, args["transformer_options"], args["img"])
-        return {**args, "img": add_to_tokens(args["img"], waiting, self.place.fill)} if waiting else args
+        img = args["img"].flatten(1, -2)  # some keep frames, rows and columns apart
+        waiting = waiting_at(self.place, self.controls, args["transformer_options"], img)
+        return {**args, "img": add_to_tokens(img, waiting, self.place.fill).view_as(args["img"])} if waiting else args
 
     def __deepcopy__(self, memo) -> "Injection":
         return self

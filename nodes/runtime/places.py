@@ -7,9 +7,12 @@ from operator import attrgetter
 
 import comfy.model_base
 import comfy.model_patcher
+from comfy.ldm.anima.model import Anima
+from comfy.ldm.aura.mmdit import MMDiT
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.hunyuan_video.model import HunyuanVideo
+from comfy.ldm.kandinsky5.model import Kandinsky5
 from comfy.ldm.lightricks.model import LTXVModel
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import SpatialTransformer
@@ -33,12 +36,13 @@ TOKEN_SLOT = "controlnext_tokens"  # only of this pack: ComfyUI looks after what
 POST_INPUT = "post_input"  # ComfyUI's own, behind the patch embedding, for a transformer's first block
 
 
-def _of_comfyui(module: str, name: str) -> type | None:
-    """A class of ComfyUI's that older versions do not have."""
+def _patched_behind_input(module: str, name: str) -> type | None:
+    """A class of ComfyUI's transformers, None in an older version that lacks it, or in which it calls no POST_INPUT."""
     try:
-        return getattr(importlib.import_module(module), name, None)
+        kind = getattr(importlib.import_module(f"comfy.ldm.{module}"), name)
     except ModuleNotFoundError:
         return None
+    return kind if POST_INPUT in kind._forward.__code__.co_consts else None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Transformer:
         fill: of ``Place``, for one of this class.
         images: of ``Place``.
         adds_in_place: its blocks do, to what gradients need.
+        fused: its blocks call kernels of ComfyUI's that pass no gradients.
     """
 
     bases: dict[type, str]
@@ -71,6 +76,7 @@ class Transformer:
     fill: Callable[[object], int | None] = lambda transformer: None
     images: int = 1
     adds_in_place: bool = False
+    fused: bool = False
 
 
 # {ComfyUI's class of the model around it: (base, width of its context)}, the first one that fits speaks
@@ -98,11 +104,22 @@ TRANSFORMERS = {
                               ("single_blocks",), images=4, adds_in_place=True),
     LTXVModel: Transformer({comfy.model_base.LTXV: "ltxv"}, "inner_dim", "transformer_blocks",
                            patch="patchifier.patch_size", images=8, adds_in_place=True),
-    _of_comfyui("comfy.ldm.krea2.model", "SingleStreamDiT"): Transformer(
-        {_of_comfyui("comfy.model_base", "Krea2"): "krea2"}, "first.out_features", "blocks", closed=True,
+    _patched_behind_input("krea2.model", "SingleStreamDiT"): Transformer(
+        {getattr(comfy.model_base, "Krea2", None): "krea2"}, "first.out_features", "blocks", closed=True,
         patch="patch"),
+    _patched_behind_input("anima.model", "Anima"): Transformer(
+        {comfy.model_base.Anima: "anima"}, "model_channels", "blocks", closed=True, patch="patch_spatial", images=4,
+        fused=True),
+    MMDiT: Transformer({comfy.model_base.AuraFlow: "auraflow"}, "init_x_linear.out_features", "double_layers",
+                       ("single_layers",)),
 }
-TRANSFORMERS.pop(None, None)  # what this version of ComfyUI does not have
+TRANSFORMERS.pop(None, None)  # those that this version of ComfyUI does not have so
+# {class: why control cannot enter it} of transformers that have no row
+NO_WAY_INTO = {
+    Anima: "this version of ComfyUI calls no patch before its blocks; update ComfyUI or connect another MODEL",
+    # they are called by names that their parameters do not have
+    Kandinsky5: "ComfyUI cannot call its blocks where they are replaced; connect another MODEL",
+}
 AFTER_SLOTS = ("noise_refiner", "double_block")  # ComfyUI's own, after a block
 # what nodes offer: of a transformer the first third of the longest, control that enters later has little left to steer
 PLACES = ("conv_in", "down_0", "down_1", "down_2", "before_middle", "middle",
@@ -158,6 +175,11 @@ def kind_of(base_model, denoiser) -> str:
     return f"{config} with a context of {base_model.model_config.unet_config.get('context_dim')}"
 
 
+def no_way_into(denoiser) -> str | None:
+    """Why control cannot enter a denoiser of no base, None where there is no more to say."""
+    return next((why for kind, why in NO_WAY_INTO.items() if isinstance(denoiser, kind)), None)
+
+
 def blocks_of(denoiser) -> list:
     """The layers of a denoiser that take most of a training's memory."""
     if isinstance(denoiser, UNetModel):
@@ -171,6 +193,12 @@ def adds_in_place(denoiser) -> bool:
     """Whether a denoiser's blocks add in place to what gradients need."""
     row = _row(denoiser)
     return row is not None and row.adds_in_place
+
+
+def is_fused(denoiser) -> bool:
+    """Whether a denoiser's blocks call kernels of ComfyUI's that pass no gradients."""
+    row = _row(denoiser)
+    return row is not None and row.fused
 
 
 def images_a_frame(denoiser) -> int:

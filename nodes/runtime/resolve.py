@@ -6,7 +6,7 @@ from ...controlnext_core.bases import BASES
 from ...controlnext_core.families import Family, family_for
 from ...controlnext_core.sentences import either, listed, quoted
 from .loaded import ControlNeXt
-from .places import Place, base_of, kind_of, places_of, unwrapped
+from .places import Place, base_of, kind_of, no_way_into, places_of, unwrapped
 from .settings import Settings
 from .strength_over_time import StrengthOverTime
 
@@ -70,11 +70,14 @@ class Resolved:
 def base_of_model(model: RunningModel) -> str:
     """The base (a key of ``BASES``) of a MODEL. ValueError: it has none."""
     base = base_of(model.base_model, model.denoiser)
-    if base is None:
-        raise ValueError(f"model: ControlNeXt steers {listed(base.title for base in BASES.values())} models; the "
-                         f"connected MODEL is {kind_of(model.base_model, model.denoiser)}, which is not supported "
-                         "yet; connect one of those.")
-    return base
+    if base is not None:
+        return base
+
+    kind, why = kind_of(model.base_model, model.denoiser), no_way_into(model.denoiser)
+    if why is not None:
+        raise ValueError(f"model: control has no way into the connected MODEL, which is {kind}: {why}.")
+    raise ValueError(f"model: ControlNeXt steers {listed(base.title for base in BASES.values())} models; the "
+                     f"connected MODEL is {kind}, which is not supported yet; connect one of those.")
 
 
 def computes_in_few_bits(model: RunningModel) -> bool:

@@ -1,7 +1,7 @@
 """The denoiser under training: a clone of the MODEL that gradients can pass, and the MODEL's layers as they were."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import comfy.model_management
 import comfy.model_patcher
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ...controlnext_core.unet_keys import Target
-from ..runtime.places import adds_in_place, blocks_of
+from ..runtime.places import adds_in_place, blocks_of, is_fused
 from .control import TrainingControl
 
 PREFIX = "diffusion_model."
@@ -38,10 +38,11 @@ def trainable_clone(model, control: TrainingControl, differences: dict[Target, t
         clone.add_weight_wrapper(PREFIX + target.key, _adder(control, target, difference))
 
     denoiser = clone.model.diffusion_model
-    blocks, in_place = set(blocks_of(denoiser)), adds_in_place(denoiser)
+    blocks = set(blocks_of(denoiser))
+    modes = [*([OutOfPlace] if adds_in_place(denoiser) else []), *([PlainKernels] if is_fused(denoiser) else [])]
     for name, layer in clone.model.named_modules():
         if layer in blocks:
-            forward = _out_of_place(layer.forward) if in_place else layer.forward
+            forward = _in_modes(layer.forward, modes) if modes else layer.forward
             clone.add_object_patch(f"{name}.forward", _checkpointed(forward) if checkpointing else forward)
     return clone
 
@@ -103,9 +104,23 @@ class OutOfPlace(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _out_of_place(forward):
+class PlainKernels(TorchFunctionMode):
+    """In it kernels of ComfyUI's that pass no gradients are the computations of torch's that they stand for."""
+
+    def __init__(self):
+        super().__init__()
+        from comfy_kitchen.backends import eager  # which older versions of ComfyUI have without these
+        self.plain = {torch.ops.comfy_kitchen.rms_rope_split_half: eager.rms_rope_split_half}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.plain.get(func, func)(*args, **(kwargs or {}))
+
+
+def _in_modes(forward, modes: list[type[TorchFunctionMode]]):
     def run(*args, **kwargs):
-        with OutOfPlace():
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode())
             return forward(*args, **kwargs)
     return run
 

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import comfy.cldm.cldm
+import comfy.ldm.anima.model
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -55,6 +56,9 @@ TRANSFORMERS = {  # with real heads
         hidden_size=128, mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=0, axes_dim=[16, 56, 56], theta=256,
         patch_size=[1, 1, 1], qkv_bias=True, guidance_embed=False, byt5=False, meanflow=False, meanflow_sum=False,
         use_cond_type_embedding=True, vision_in_dim=1152)),
+    "auraflow": (comfy.supported_models.AuraFlow, dict(
+        in_channels=4, out_channels=4, dim=128, n_layers=4, n_double_layers=3, n_heads=1, global_conddim=128,
+        cond_seq_dim=40, max_seq=16 ** 2)),
     "ltxv": (comfy.supported_models.LTXV, dict(
         image_model="ltxv", in_channels=128, cross_attention_dim=128, attention_head_dim=128, num_attention_heads=1,
         caption_channels=40, num_layers=3)),
@@ -64,15 +68,28 @@ TRANSFORMERS = {  # with real heads
         theta=2000, patch_size=1, qkv_bias=False, guidance_embed=True, global_modulation=True, mlp_silu_act=True,
         ops_bias=False, default_ref_method="index", ref_index_scale=10.0)),
 }
-if hasattr(comfy.supported_models, "Krea2"):  # bases that older versions of ComfyUI have no way into
-    TRANSFORMERS |= {
-        "krea2": (comfy.supported_models.Krea2, dict(
-            image_model="krea2", features=128, tdim=64, txtdim=40, heads=1, kvheads=1, multiplier=2, layers=3,
-            txtlayers=1, txtheads=1, txtkvheads=1, default_ref_method="index")),
-    }
+NEWER = {  # those that control has no way into in older versions of ComfyUI
+    "krea2": (getattr(comfy.supported_models, "Krea2", None), dict(
+        image_model="krea2", features=128, tdim=64, txtdim=40, heads=1, kvheads=1, multiplier=2, layers=3, txtlayers=1,
+        txtheads=1, txtkvheads=1, default_ref_method="index")),
+    "anima": (comfy.supported_models.Anima, dict(
+        image_model="anima", max_img_h=240, max_img_w=240, max_frames=128, in_channels=16, out_channels=16,
+        patch_spatial=2, patch_temporal=1, model_channels=128, crossattn_emb_channels=40, num_blocks=3, num_heads=1,
+        mlp_ratio=2.0, pos_emb_cls="rope3d", pos_emb_learnable=True, use_adaln_lora=True, adaln_lora_dim=16,
+        rope_h_extrapolation_ratio=4.0, rope_w_extrapolation_ratio=4.0)),
+}
+IS_NEWER = hasattr(comfy.supported_models, "Krea2")
+TRANSFORMERS |= NEWER if IS_NEWER else {}
 VARIANTS = {  # more of Wan
     "image to video": (comfy.supported_models.WAN21_I2V, TRANSFORMERS["wan"][1] | dict(model_type="i2v", in_dim=36)),
     "5B": (comfy.supported_models.WAN22_T2V, TRANSFORMERS["wan"][1] | dict(in_dim=48, out_dim=48)),
+}
+NO_BASES = {  # {ComfyUI's name: ...}
+    "HunyuanVideo": (comfy.supported_models.HunyuanVideo, TRANSFORMERS["hunyuan_video15"][1]),
+    "Kandinsky5": (comfy.supported_models.Kandinsky5, dict(
+        image_model="kandinsky5", model_dim=128, time_dim=32, ff_dim=64, visual_embed_dim=132, axes_dims=(32, 48, 48),
+        num_text_blocks=1, num_visual_blocks=1)),
+    "Anima": NEWER["anima"],
 }
 NARROW = dict(time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)  # of a module that is quick
 
@@ -171,7 +188,7 @@ def transformer_model(base: str, dtype=torch.float32, device=None, **changes) ->
     """A MODEL of ComfyUI's class for ``base`` with three blocks, its weights not filled."""
     if base == "sd3":
         return sd3_model(dtype, device, **changes)
-    model_class, config = {**TRANSFORMERS, **VARIANTS}[base]
+    model_class, config = {**TRANSFORMERS, **VARIANTS, **NO_BASES}[base]
     return _patcher(model_class({**config, "dtype": dtype, **changes}), dtype, device)
 
 
@@ -179,7 +196,11 @@ def small_transformer(base: str, dtype=torch.float32, seed: int = 0, **changes) 
     """The same with seeded random weights."""
     if base == "sd3":
         return small_sd3(dtype, seed, **changes)
-    return _filled(transformer_model(base, dtype, **changes), seed)
+    patcher = transformer_model(base, dtype, **changes)
+    if base == "anima":  # its class makes what reads the prompt for the released width alone
+        patcher.model.diffusion_model.llm_adapter = comfy.ldm.anima.model.LLMAdapter(
+            40, 40, 40, num_layers=1, num_heads=1, dtype=dtype, operations=comfy.ops.manual_cast)
+    return _filled(patcher, seed)
 
 
 def small_unets(dtype=torch.float32) -> dict:

@@ -10,10 +10,11 @@ TRAINING = dict(batch_size=1, seed=1, training_dtype="fp32", trainable="module a
                 gradient_checkpointing=True, save_every=0, preview_every=0)  # inputs of Train ControlNeXt
 # {base: what is between batch and rows in its latents' shape}, if that is not 16 channels
 LATENTS = {"sd15": (4,), "sdxl": (4,), "svd": (4,), "qwen_image": (16, 1), "flux2": (128,), "wan": (16, 2),
-           "hunyuan_video15": (32, 2), "ltxv": (128, 2), "krea2": (16, 1)}
+           "hunyuan_video15": (32, 2), "ltxv": (128, 2), "krea2": (16, 1),
+           "anima": (16, 1), "auraflow": (4,)}
 # as the denoisers' configurations name it
 CONTEXT_WIDTHS = ("context_dim", "context_in_dim", "joint_attention_dim", "cap_feat_dim", "text_dim",
-                  "caption_channels", "txtdim")
+                  "caption_channels", "txtdim", "crossattn_emb_channels", "cond_seq_dim")
 
 
 def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = None, **extra) -> list:
@@ -30,6 +31,8 @@ def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = No
                                              generator=generator)
     if config.get("image_model") == "ltxv":  # its text encoder gives one with every prompt
         extra.setdefault("attention_mask", torch.ones(context.shape[:2], dtype=torch.long))
+    if config.get("image_model") == "anima":  # the prompt's other half
+        extra |= dict(t5xxl_ids=torch.arange(9) + seed, t5xxl_weights=torch.ones(9))
     return [[context, extra]]
 
 

@@ -8,7 +8,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import pytest
 import torch
-from models import SMALL, WIDTH, narrowed, small_sd3, small_unet, unet_model
+from models import IS_NEWER, SMALL, WIDTH, narrowed, small_sd3, small_unet, transformer_model, unet_model
 from safetensors.torch import save, save_file
 
 
@@ -207,13 +207,19 @@ def test_start_not_before_end_is_an_error(apply, sd15, start, end):
 
 
 def test_a_model_of_no_known_base_is_not_supported_yet(apply):
-    aura = comfy.supported_models.AuraFlow({
-        "in_channels": 4, "out_channels": 4, "dim": 48, "n_layers": 1, "n_double_layers": 1, "n_heads": 2,
-        "global_conddim": 48, "cond_seq_dim": 8, "max_seq": 16, "dtype": torch.float32})
-    model = comfy.model_patcher.ModelPatcher(aura.get_model({}), torch.device("cpu"), torch.device("cpu"))
     with pytest.raises(ValueError) as raised:
-        apply(model)
-    assert "models; the connected MODEL is a AuraFlow, which is not supported yet" in one_sentence(raised)
+        apply(transformer_model("HunyuanVideo"))
+    assert "models; the connected MODEL is HunyuanVideo, which is not supported yet" in one_sentence(raised)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("kind, why", [
+    ("Kandinsky5", "ComfyUI cannot call its blocks where they are replaced"),
+    *([] if IS_NEWER else [("Anima", "this version of ComfyUI calls no patch before its blocks")])])
+def test_a_model_that_control_has_no_way_into_is_refused_with_the_reason(apply, kind, why):
+    with pytest.raises(ValueError) as raised:
+        apply(transformer_model(kind))
+    assert f"control has no way into the connected MODEL, which is {kind}: {why}" in one_sentence(raised)
 
 
 LOOK_ALIKES = {  # {ComfyUI's class: (what it is built like, what differs, its name)}

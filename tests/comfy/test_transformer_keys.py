@@ -11,7 +11,8 @@ from controlnext_core.unet_keys import targets_of
 
 REAL_RATIO = {"flux": {"mlp_ratio": 4.0}, "chroma": {"mlp_ratio": 4.0}}  # ComfyUI's maps have no other
 THEIRS = {"flux": "flux_to_diffusers", "chroma": "flux_to_diffusers", "flux2": "flux_to_diffusers",
-          "z_image": "z_image_to_diffusers", "krea2": "krea2_to_diffusers"}  # of comfy.utils
+          "z_image": "z_image_to_diffusers", "krea2": "krea2_to_diffusers",
+          "auraflow": "auraflow_to_diffusers"}  # of comfy.utils
 
 
 def shapes_of(base: str) -> tuple[dict, dict]:

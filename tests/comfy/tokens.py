@@ -74,6 +74,8 @@ BASES = {
     "hunyuan_video15": Base("double_blocks", "img", "txt", 128, 1000.0, ratio=16, patch=1, frames=2),
     "ltxv": Base("transformer_blocks", 0, "context", 128, ratio=32, patch=1, frames=2, images=8),
     "krea2": Base("blocks", 0, 0, 128, places=("tokens",), before=77),
+    "anima": Base("blocks", 0, 2, 128, places=("tokens",)),
+    "auraflow": Base("double_layers", 1, 0, 128),
 }
 BASES = {base: row for base, row in BASES.items() if base == "sd3" or base in TRANSFORMERS}
 ENTERED = [(base, place) for base, row in BASES.items() for place in row.places if place != "block_0"]

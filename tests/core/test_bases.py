@@ -28,8 +28,12 @@ KEYS = (  # (bases, keys that can be of these)
     ("ltxv", ["caption_projection.linear_1.weight", "proj_in.weight", "transformer_blocks.0.attn1.to_q.weight"]),
     ("krea2", ["txtfusion.projector.weight", "blocks.0.attn.wq.weight"]),
     ("krea2", ["text_fusion.projector.weight", "transformer_blocks.0.attn.to_q.weight"]),
+    ("anima", ["llm_adapter.blocks.0.self_attn.q_proj.weight", "blocks.0.self_attn.q_proj.weight"]),
+    ("anima", ["transformer_blocks.0.norm1.linear_1.weight", "transformer_blocks.0.attn1.to_q.weight"]),
+    ("auraflow", ["double_layers.0.attn.w2q.weight"]),
+    ("auraflow", ["single_transformer_blocks.0.attn.to_q.weight", "joint_transformer_blocks.0.attn.to_q.weight"]),
     ("flux chroma flux2 hunyuan_video15", ["double_blocks.0.img_mlp.0.weight"]),
-    ("sd3 flux chroma qwen_image flux2 hunyuan_video15 krea2", ["transformer_blocks.1.attn.to_q.weight"]),
+    ("sd3 flux chroma qwen_image flux2 hunyuan_video15 krea2 auraflow", ["transformer_blocks.1.attn.to_q.weight"]),
     ("", ["conv_in.weight"]),
     ("", ["transformer_blocks.1.ff.net.0.proj.weight"]),
 )

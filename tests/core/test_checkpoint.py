@@ -17,7 +17,7 @@ OTHER_FILES = {
     "UNet weights for SDXL, which": ["add_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight"],
     "UNet weights for SD3, which": ["joint_blocks.0.x_block.attn.qkv.weight"],
     "a full checkpoint": ["model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x"],
-    "UNet weights for Flux.1, Chroma or Flux.2": ["double_blocks.0.img_attn.qkv.weight"],
+    "UNet weights for Flux.1, Chroma, Flux.2 or HunyuanVideo 1.5": ["double_blocks.0.img_attn.qkv.weight"],
     "of an unknown kind": ["weight"],
 }
 
