@@ -7,7 +7,8 @@
     python benchmarks/gpu.py --packed FOLDER --minutes 10  there, with what that folder holds
 
 Each part runs in a process of its own, for no longer than its limit, and writes what it finds to OUT/gpu.jsonl at once.
-Called again, the command goes on with the parts that are not done. It ends with a table.
+Called again, the command goes on with the parts that are not done. It ends with a short table; OUT/gpu.md has all
+figures.
 """
 
 from __future__ import annotations
@@ -29,7 +30,17 @@ from pathlib import Path
 
 import harness
 from on_gpu import dynamic, pack
-from on_gpu.figures import DONE, FAILED, HEADER, Work, read_lines, rows_of, write_line
+from on_gpu.figures import (
+    DONE,
+    FAILED,
+    HEADER,
+    TABLE,
+    Work,
+    read_lines,
+    rows_of,
+    short_table,
+    write_line,
+)
 
 environment = harness.environment
 EXACT, ROUNDED = 1e-3, 0.05  # how far pictures of two ways to place and compute may be apart, relative L2
@@ -37,6 +48,7 @@ CORES_EACH = 4  # of processes that run side by side
 LEAST = 15.0  # seconds, for less no part is started
 CUT = 2000  # characters of an error
 NO_DYNAMIC = "--disable-dynamic-vram"
+OFFLOADED = ("--reserve-vram", "1000", NO_DYNAMIC)  # no weight stays on the device
 EXITS = {0: DONE, 3: FAILED}  # of a part's process; an error before it begins has another code
 _running: set[subprocess.Popen] = set()
 
@@ -79,11 +91,12 @@ PARTS = (
     _placed("lowvram", "--lowvram", NO_DYNAMIC),
     _placed("novram", "--novram"),
     _placed("highvram", "--highvram"),
-    _placed("offloaded", "--reserve-vram", "1000", NO_DYNAMIC),  # no weight stays on the device
+    _placed("offloaded", *OFFLOADED),
     _placed("dynamic", dynamic=True),
-    _placed("one_stream", "--disable-async-offload", NO_DYNAMIC),
-    _placed("two_streams", "--async-offload", "2", NO_DYNAMIC, environment={"CUDA_LAUNCH_BLOCKING": "0"}),
-    _placed("two_streams_blocking", "--async-offload", "2", NO_DYNAMIC, environment={"CUDA_LAUNCH_BLOCKING": "1"}),
+    _placed("one_stream", "--disable-async-offload", *OFFLOADED, most=0.0),
+    _placed("two_streams", "--async-offload", "2", *OFFLOADED, most=0.0, environment={"CUDA_LAUNCH_BLOCKING": "0"}),
+    _placed("two_streams_blocking", "--async-offload", "2", *OFFLOADED, most=0.0,
+            environment={"CUDA_LAUNCH_BLOCKING": "1"}),
     _placed("channels_last", "--force-channels-last", NO_DYNAMIC, most=ROUNDED),
     _placed("fast", NO_DYNAMIC, "--fast", most=ROUNDED),
     Part("right_precision", "right.precision", 90),
@@ -271,7 +284,9 @@ def main() -> None:
     os.environ.update({environment.INSIDE: "1", "COMFYUI_PATH": str(comfyui)})
     run = run_all if environment.has_nvidia_gpu() and not arguments.small else run_small
     run(parts, python, out, until)
-    print(harness.table(HEADER, rows_of(read_lines(out))))
+    lines = read_lines(out)
+    (out / TABLE).write_text(harness.table(HEADER, rows_of(lines)) + "\n", encoding="utf-8")
+    print(f"\n{short_table(lines)}\n\nAll figures: {out / TABLE}")
 
 
 if __name__ == "__main__":

@@ -75,9 +75,9 @@ def measured(work: Work, name: str, weights: str | None = None) -> None:
             fits = str(error).splitlines()[0]
         found = watch.seconds(0 if work.small else WARM)
         work.note(f"{what}: fits", fits, total=torch.cuda.get_device_properties(0).total_memory if CUDA else None)
-        work.note(f"{what}: a step", statistics.median(found) if found else None, unit="ms", steps=found)
+        work.note(f"{what}: a step", statistics.median(found) if found else None, unit="ms", brief=what, steps=found)
         work.note(f"{what}: peak memory", torch.cuda.max_memory_allocated() if CUDA else None, unit="MB",
-                  reserved=torch.cuda.max_memory_reserved() if CUDA else None)
+                  brief="with", reserved=torch.cuda.max_memory_reserved() if CUDA else None)
         del case
 
 
