@@ -77,7 +77,7 @@ class Part:
 
 
 def _placed(way: str, *options: str, most: float = EXACT, **settings) -> Part:
-    return Part(f"right_{way}", "placement.draw", 60, (way, most), options, **settings)
+    return Part(f"right_{way}", "placement.draw", 120, (way, most), options, **settings)
 
 
 def _timed(name: str, function: str, limit: float, *arguments, **settings) -> Part:
@@ -86,8 +86,8 @@ def _timed(name: str, function: str, limit: float, *arguments, **settings) -> Pa
 
 PARTS = (
     _placed("normal", NO_DYNAMIC, alone=True),  # what the ways after it are compared with
-    Part("right_compiled", "right.compiled", 240),  # the longest first, since others run beside them
-    Part("right_goldens", "right.goldens", 150),
+    Part("right_compiled", "right.compiled", 300),  # the longest first, since others run beside them
+    Part("right_goldens", "right.goldens", 240),
     _placed("lowvram", "--lowvram", NO_DYNAMIC),
     _placed("novram", "--novram"),
     _placed("highvram", "--highvram"),
@@ -99,24 +99,24 @@ PARTS = (
             environment={"CUDA_LAUNCH_BLOCKING": "1"}),
     _placed("channels_last", "--force-channels-last", NO_DYNAMIC, most=ROUNDED),
     _placed("fast", NO_DYNAMIC, "--fast", most=ROUNDED),
-    Part("right_precision", "right.precision", 90),
-    Part("right_memory", "memory.twenty_runs", 60),
-    Part("right_resumed", "training.resumed", 60),
-    _timed("right_out_of_memory", "memory.brim", 45, environment={"CONTROLNEXT_CACHE_MB": "2048"}),
-    _timed("fast_sd15", "fast.steps", 60, "sd15"),
-    _timed("fast_sdxl", "fast.steps", 60, "sdxl"),
-    _timed("fast_flux", "fast.steps", 90, "flux"),
-    _timed("fast_sd35", "fast.steps", 60, "sd35"),
-    _timed("fast_svd", "fast.steps", 90, "svd"),
-    _timed("fast_wan", "fast.steps", 120, "wan"),
-    _timed("kept_sdxl", "kept.ways", 90, "sdxl"),
-    _timed("kept_sd15", "kept.ways", 60, "sd15"),
-    _timed("training_sd15", "training.measured", 60, "sd15"),
-    _timed("training_sdxl", "training.measured", 90, "sdxl"),
-    _timed("training_sd35", "training.measured", 90, "sd35"),
-    _timed("training_flux", "training.measured", 120, "flux"),
-    _timed("training_flux_fp8", "training.measured", 120, "flux", "float8_e4m3fn"),
-    _timed("training_wan", "training.measured", 120, "wan"),
+    Part("right_precision", "right.precision", 150),
+    Part("right_memory", "memory.twenty_runs", 120),
+    Part("right_resumed", "training.resumed", 120),
+    _timed("right_out_of_memory", "memory.brim", 90, environment={"CONTROLNEXT_CACHE_MB": "2048"}),
+    _timed("fast_sd15", "fast.steps", 120, "sd15"),
+    _timed("fast_sdxl", "fast.steps", 120, "sdxl"),
+    _timed("fast_flux", "fast.steps", 150, "flux"),
+    _timed("fast_sd35", "fast.steps", 120, "sd35"),
+    _timed("fast_svd", "fast.steps", 150, "svd"),
+    _timed("fast_wan", "fast.steps", 180, "wan"),
+    _timed("kept_sdxl", "kept.ways", 150, "sdxl"),
+    _timed("kept_sd15", "kept.ways", 120, "sd15"),
+    _timed("training_sd15", "training.measured", 120, "sd15"),
+    _timed("training_sdxl", "training.measured", 150, "sdxl"),
+    _timed("training_sd35", "training.measured", 150, "sd35"),
+    _timed("training_flux", "training.measured", 180, "flux"),
+    _timed("training_flux_fp8", "training.measured", 180, "flux", "float8_e4m3fn"),
+    _timed("training_wan", "training.measured", 180, "wan"),
     _timed("fast_sd15_compiled", "fast.steps", 180, "sd15", True),
     _timed("fast_sdxl_compiled", "fast.steps", 240, "sdxl", True),
     _timed("fast_flux_compiled", "fast.steps", 240, "flux", True),
