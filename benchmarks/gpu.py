@@ -76,8 +76,12 @@ class Part:
     alone: bool = False
 
 
-def _placed(way: str, *options: str, most: float = EXACT, **settings) -> Part:
-    return Part(f"right_{way}", "placement.draw", 120, (way, most), options, **settings)
+def _placed(way: str, *options: str, most: float = EXACT, group: str = "all", **settings) -> Part:
+    return Part(f"right_{way}", "placement.draw", 120, (way, group, most), options, **settings)
+
+
+def _streamed(way: str, *options: str, **settings) -> Part:
+    return _placed(way, *options, *OFFLOADED, most=0.0, group="streams", **settings)
 
 
 def _timed(name: str, function: str, limit: float, *arguments, **settings) -> Part:
@@ -93,10 +97,9 @@ PARTS = (
     _placed("highvram", "--highvram"),
     _placed("offloaded", *OFFLOADED),
     _placed("dynamic", dynamic=True),
-    _placed("one_stream", "--disable-async-offload", *OFFLOADED, most=0.0),
-    _placed("two_streams", "--async-offload", "2", *OFFLOADED, most=0.0, environment={"CUDA_LAUNCH_BLOCKING": "0"}),
-    _placed("two_streams_blocking", "--async-offload", "2", *OFFLOADED, most=0.0,
-            environment={"CUDA_LAUNCH_BLOCKING": "1"}),
+    _streamed("one_stream", "--disable-async-offload"),
+    _streamed("two_streams", "--async-offload", "2", environment={"CUDA_LAUNCH_BLOCKING": "0"}),
+    _streamed("two_streams_blocking", "--async-offload", "2", environment={"CUDA_LAUNCH_BLOCKING": "1"}),
     _placed("channels_last", "--force-channels-last", NO_DYNAMIC, most=ROUNDED),
     _placed("fast", NO_DYNAMIC, "--fast", most=ROUNDED),
     Part("right_precision", "right.precision", 150),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +85,14 @@ class Work:
         made = make().detach().cpu()
         file = self.folder / "compared" / f"{name}.pt"
         file.parent.mkdir(exist_ok=True)
-        try:
-            with open(file, "xb") as new:
-                torch.save(made, new)
-            return None
-        except FileExistsError:
-            return apart(made, torch.load(file, weights_only=True))
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            own = Path(folder) / "own.pt"
+            torch.save(made, own)
+            try:
+                os.link(own, file)  # whole at once, for other parts may ask at the same time
+            except FileExistsError:
+                return apart(made, torch.load(file, weights_only=True))
+        return None
 
 
 def latest(lines: list[dict]) -> dict[str, list[dict]]:
