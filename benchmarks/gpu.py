@@ -7,7 +7,8 @@
     python benchmarks/gpu.py --packed FOLDER --minutes 10  there, with what that folder holds
 
 Each part runs in a process of its own, for no longer than its limit, and writes what it finds to OUT/gpu.jsonl at once.
-Called again, the command goes on with the parts that are not done. It ends with a table.
+Called again, the command goes on with the parts that are not done. It ends with a short table; OUT/gpu.md has all
+figures.
 """
 
 from __future__ import annotations
@@ -29,7 +30,17 @@ from pathlib import Path
 
 import harness
 from on_gpu import dynamic, pack
-from on_gpu.figures import DONE, FAILED, HEADER, Work, read_lines, rows_of, write_line
+from on_gpu.figures import (
+    DONE,
+    FAILED,
+    HEADER,
+    TABLE,
+    Work,
+    read_lines,
+    rows_of,
+    short_table,
+    write_line,
+)
 
 environment = harness.environment
 EXACT, ROUNDED = 1e-3, 0.05  # how far pictures of two ways to place and compute may be apart, relative L2
@@ -37,6 +48,7 @@ CORES_EACH = 4  # of processes that run side by side
 LEAST = 15.0  # seconds, for less no part is started
 CUT = 2000  # characters of an error
 NO_DYNAMIC = "--disable-dynamic-vram"
+OFFLOADED = ("--reserve-vram", "1000", NO_DYNAMIC)  # no weight stays on the device
 EXITS = {0: DONE, 3: FAILED}  # of a part's process; an error before it begins has another code
 _running: set[subprocess.Popen] = set()
 
@@ -64,8 +76,12 @@ class Part:
     alone: bool = False
 
 
-def _placed(way: str, *options: str, most: float = EXACT, **settings) -> Part:
-    return Part(f"right_{way}", "placement.draw", 60, (way, most), options, **settings)
+def _placed(way: str, *options: str, most: float = EXACT, group: str = "all", **settings) -> Part:
+    return Part(f"right_{way}", "placement.draw", 120, (way, group, most), options, **settings)
+
+
+def _streamed(way: str, *options: str, **settings) -> Part:
+    return _placed(way, *options, *OFFLOADED, most=0.0, group="streams", **settings)
 
 
 def _timed(name: str, function: str, limit: float, *arguments, **settings) -> Part:
@@ -74,36 +90,36 @@ def _timed(name: str, function: str, limit: float, *arguments, **settings) -> Pa
 
 PARTS = (
     _placed("normal", NO_DYNAMIC, alone=True),  # what the ways after it are compared with
-    Part("right_compiled", "right.compiled", 240),  # the longest first, since others run beside them
-    Part("right_goldens", "right.goldens", 150),
+    Part("right_compiled", "right.compiled", 300),  # the longest first, since others run beside them
+    Part("right_goldens", "right.goldens", 240),
     _placed("lowvram", "--lowvram", NO_DYNAMIC),
     _placed("novram", "--novram"),
     _placed("highvram", "--highvram"),
-    _placed("offloaded", "--reserve-vram", "1000", NO_DYNAMIC),  # no weight stays on the device
+    _placed("offloaded", *OFFLOADED),
     _placed("dynamic", dynamic=True),
-    _placed("one_stream", "--disable-async-offload", NO_DYNAMIC),
-    _placed("two_streams", "--async-offload", "2", NO_DYNAMIC, environment={"CUDA_LAUNCH_BLOCKING": "0"}),
-    _placed("two_streams_blocking", "--async-offload", "2", NO_DYNAMIC, environment={"CUDA_LAUNCH_BLOCKING": "1"}),
+    _streamed("one_stream", "--disable-async-offload"),
+    _streamed("two_streams", "--async-offload", "2", environment={"CUDA_LAUNCH_BLOCKING": "0"}),
+    _streamed("two_streams_blocking", "--async-offload", "2", environment={"CUDA_LAUNCH_BLOCKING": "1"}),
     _placed("channels_last", "--force-channels-last", NO_DYNAMIC, most=ROUNDED),
     _placed("fast", NO_DYNAMIC, "--fast", most=ROUNDED),
-    Part("right_precision", "right.precision", 90),
-    Part("right_memory", "memory.twenty_runs", 60),
-    Part("right_resumed", "training.resumed", 60),
-    _timed("right_out_of_memory", "memory.brim", 45, environment={"CONTROLNEXT_CACHE_MB": "2048"}),
-    _timed("fast_sd15", "fast.steps", 60, "sd15"),
-    _timed("fast_sdxl", "fast.steps", 60, "sdxl"),
-    _timed("fast_flux", "fast.steps", 90, "flux"),
-    _timed("fast_sd35", "fast.steps", 60, "sd35"),
-    _timed("fast_svd", "fast.steps", 90, "svd"),
-    _timed("fast_wan", "fast.steps", 120, "wan"),
-    _timed("kept_sdxl", "kept.ways", 90, "sdxl"),
-    _timed("kept_sd15", "kept.ways", 60, "sd15"),
-    _timed("training_sd15", "training.measured", 60, "sd15"),
-    _timed("training_sdxl", "training.measured", 90, "sdxl"),
-    _timed("training_sd35", "training.measured", 90, "sd35"),
-    _timed("training_flux", "training.measured", 120, "flux"),
-    _timed("training_flux_fp8", "training.measured", 120, "flux", "float8_e4m3fn"),
-    _timed("training_wan", "training.measured", 120, "wan"),
+    Part("right_precision", "right.precision", 150),
+    Part("right_memory", "memory.twenty_runs", 120),
+    Part("right_resumed", "training.resumed", 120),
+    _timed("right_out_of_memory", "memory.brim", 90, environment={"CONTROLNEXT_CACHE_MB": "2048"}),
+    _timed("fast_sd15", "fast.steps", 120, "sd15"),
+    _timed("fast_sdxl", "fast.steps", 120, "sdxl"),
+    _timed("fast_flux", "fast.steps", 150, "flux"),
+    _timed("fast_sd35", "fast.steps", 120, "sd35"),
+    _timed("fast_svd", "fast.steps", 150, "svd"),
+    _timed("fast_wan", "fast.steps", 180, "wan"),
+    _timed("kept_sdxl", "kept.ways", 150, "sdxl"),
+    _timed("kept_sd15", "kept.ways", 120, "sd15"),
+    _timed("training_sd15", "training.measured", 120, "sd15"),
+    _timed("training_sdxl", "training.measured", 150, "sdxl"),
+    _timed("training_sd35", "training.measured", 150, "sd35"),
+    _timed("training_flux", "training.measured", 180, "flux"),
+    _timed("training_flux_fp8", "training.measured", 180, "flux", "float8_e4m3fn"),
+    _timed("training_wan", "training.measured", 180, "wan"),
     _timed("fast_sd15_compiled", "fast.steps", 180, "sd15", True),
     _timed("fast_sdxl_compiled", "fast.steps", 240, "sdxl", True),
     _timed("fast_flux_compiled", "fast.steps", 240, "flux", True),
@@ -271,7 +287,9 @@ def main() -> None:
     os.environ.update({environment.INSIDE: "1", "COMFYUI_PATH": str(comfyui)})
     run = run_all if environment.has_nvidia_gpu() and not arguments.small else run_small
     run(parts, python, out, until)
-    print(harness.table(HEADER, rows_of(read_lines(out))))
+    lines = read_lines(out)
+    (out / TABLE).write_text(harness.table(HEADER, rows_of(lines)) + "\n", encoding="utf-8")
+    print(f"\n{short_table(lines)}\n\nAll figures: {out / TABLE}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ SWAPPED_CAPTIONS = {"canny": 0.3, "mask": 0.0, "super_resolution": 0.3}
 SETTINGS = {
     "batch_size": 8, "learning_rate": 1e-3, "unet_learning_rate": 3e-4, "trainable": "module and UNet weights",
     "scale_learning_rate": 0.0,  # these controls are older than it
-    "training_dtype": "fp32", "gradient_checkpointing": False,
+    "training_dtype": "bf16" if torch.cuda.is_available() else "fp32", "gradient_checkpointing": False,
     "caption_dropout": 0.3,  # more than usual: control is to work without a prompt as well
     "warmup_steps": 100, "ema": 0.995, "seed": 0, "save_every": 250, "preview_every": 0,
 }

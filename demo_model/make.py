@@ -1,6 +1,7 @@
 """Makes a base of the demonstration: VAE, denoiser, and ControlNeXt for Canny and for mask, trained on drawings.
 
     python demo_model/make.py --base sd3
+    python demo_model/make.py all --base sd3 --minutes 8
 
 Sets up ComfyUI and its Python environment on the first call, as the demo does, fetches the drawings with npm, and
 trains one after the other; stopped and called again, it goes on where it was. The controls are trained by Train
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -36,16 +38,18 @@ STAGES = ("autoencoder", "decoder", "denoiser", "checkpoint", *CONTROLS)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE",
-                        help=f"one or more of {', '.join(STAGES)} (default: all in turn); those before it are made, "
+                        help=f"one or more of {', '.join(STAGES)} (default: all, in turn); those before it are made, "
                              f"too, but {', '.join(CONTROLS)} need nothing more than the checkpoint in --weights")
     parser.add_argument("--base", choices=BASES, default="sd15", help="(default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="for its state (default: demo_model in the cache folder)")
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights",
                         help="folder for what is made (default: %(default)s)")
     parser.add_argument("--share", type=float, default=1.0, help="share of the steps, for a trial (default: 1)")
+    parser.add_argument("--minutes", type=float, help="end after so many; called again, it goes on where it was")
 
     options = parser.parse_args()
     options.base = BASES[options.base]
+    options.stages = [] if options.stages == ["all"] else options.stages
     if unknown := set(options.stages) - set(stages_of(options.base)):
         parser.error(f"{min(unknown)} is none of {', '.join(stages_of(options.base))}")
     return options
@@ -188,9 +192,18 @@ class Making:
                   self.weights / source(name).name, metadata)
 
 
+def end_after(minutes: float | None) -> None:
+    """Let SIGTERM end this process so that Train ControlNeXt keeps what it trained, and raise it in so many minutes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if minutes is not None:
+        timer = threading.Timer(60 * minutes, signal.raise_signal, (signal.SIGTERM,))
+        timer.daemon = True
+        timer.start()
+
+
 def main() -> None:
     options = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Train ControlNeXt keeps what it trained then, too
+    end_after(options.minutes)
     folder = options.folder or environment.cache_folder() / "demo_model"
 
     in_process.start_comfyui(environment.enter(), folder / "comfyui")

@@ -138,7 +138,7 @@ def fill(network: torch.nn.Module, seed: int = 0) -> None:
     def drawn(weight: torch.Tensor) -> torch.Tensor:
         dtype = torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype  # nothing is drawn in 8 bits
         if weight.ndim < 2:
-            return torch.full(weight.shape, 0.5, device=DEVICE, dtype=weight.dtype)
+            return torch.full(weight.shape, 0.5, device=DEVICE, dtype=dtype).to(weight.dtype)
         values = torch.randn(weight.shape, generator=generator, device=DEVICE, dtype=dtype)
         return values.mul_(weight[0].numel() ** -0.5).to(weight.dtype)
 

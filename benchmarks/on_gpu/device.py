@@ -15,7 +15,7 @@ import torch
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_throttle_reasons.active")
+CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # kinds of events in a profile
 GAP = 2.0  # microseconds that the device waits between two kernels at least, to be counted
 LONGEST = 25  # names of a profile that are written down

@@ -149,27 +149,30 @@ NATIVES = {"sd15": (_unet_net, None), "sdxl": (_unet_net, None), "sd3": (_sd3_ne
 
 
 def steps(work: Work, name: str, compiled: bool = False) -> None:
-    """The time of a step of each way, and control's own in it."""
+    """The time of a step of each way, and control's own in it; where that is too much, what it goes into."""
     started = time.perf_counter()
     bench = Bench(work, bases.make(work, name), compiled)
     wait()
     work.note(f"made in{', compiled' if compiled else ''}", time.perf_counter() - started, unit="s", clocks=clocks())
     measured = {way: measure(work, bench, way) for way in bench.ways}
 
-    alone = measured[ALONE][0]
+    alone, too_much = measured[ALONE][0], []
     for way in (way for way in measured if way != ALONE):
-        step, own = measured[way]
-        goal = GOALS.get(way)
-        work.note(f"{way}: control's own time, of a step", own / alone, unit="%", most=None if compiled else goal)
-        work.note(f"{way}: whole step above the denoiser's", step / alone - 1, unit="%",
-                  most=goal if compiled else None)
-        above = step / alone - 1 if compiled else own / alone
-        if goal is not None and above > goal and not (work.small and compiled):
-            work.note(f"{way}: profile of {PROFILED} steps", "written", alone=profile_of(bench, ALONE),
-                      controlled=profile_of(bench, way))
+        own, above = measured[way][1] / alone, measured[way][0] / alone - 1
+        goal, judged = GOALS.get(way), above if compiled else own  # a compiled denoiser has a part of control inside
+        work.note(f"{way}: control's own time, of a step", own, unit="%", most=None if compiled else goal,
+                  brief="" if compiled else way)
+        work.note(f"{way}: whole step above the denoiser's", above, unit="%", most=goal if compiled else None,
+                  brief=way if compiled else "")
+        too_much += [way] if goal is not None and judged > goal else []
+
     reference = measured[REFERENCE][1] if REFERENCE in measured else reference_apart(work, bench)
     work.note("first run: control's own time, of the reference's way", measured[FIRST][1] / reference,
-              most=OF_REFERENCE, reference=reference, apart=REFERENCE not in measured)
+              most=None if compiled else OF_REFERENCE, brief="of the reference's", reference=reference,
+              apart=REFERENCE not in measured)
+    if too_much and not (work.small and compiled):
+        work.note(f"profile of {PROFILED} steps", "written", **{way: profile_of(bench, way)
+                                                               for way in (ALONE, *too_much)})
 
 
 def measure(work: Work, bench: Bench, way: str) -> tuple[float, float]:
@@ -181,7 +184,8 @@ def measure(work: Work, bench: Bench, way: str) -> tuple[float, float]:
         torch.cuda.reset_peak_memory_stats()
     whole, own = zip(*bench.sample(way), strict=True)
     step = a_step(whole)
-    work.note(f"{way}: a step", step, unit="ms", control=a_step(own), steps=whole, control_of_steps=own,
+    work.note(f"{way}: a step", step, unit="ms", brief=way if way == ALONE else "", control=a_step(own),
+              steps=whole, control_of_steps=own,
               warmed_up_in=warm, clocks=clocks(), finite=bool(torch.isfinite(bench.output).all()),
               peak=torch.cuda.max_memory_allocated() if CUDA else None,
               kept=len(bench.case.controlnext.loaded.features.kept()))

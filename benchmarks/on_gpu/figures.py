@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import harness
 
-FILE = "gpu.jsonl"
+FILE, TABLE = "gpu.jsonl", "gpu.md"
 DONE, FAILED = "done", "failed"
 HEADER = ["part", "figure", "value", "goal", "holds"]
+MISSED = 2  # of a part's missed goals, so many are named in the short table
 SHOWN = {"ms": lambda value: f"{value * 1000:.2f} ms", "MB": lambda value: f"{value / 2 ** 20:.0f} MB",
-         "%": lambda value: f"{value:.3%}", "s": lambda value: f"{value:.1f} s", "": lambda value: f"{value:.3g}"}
+         "%": lambda value: f"{value:.2%}", "s": lambda value: f"{value:.1f} s", "": lambda value: f"{value:.3g}"}
 
 
 def write_line(folder: Path, line: dict) -> None:
@@ -52,7 +55,7 @@ class Work:
     folder: Path
 
     def note(self, figure: str, value: float | bool | str | None, unit: str = "", most: float | None = None,
-             wanted: bool | None = None, **more) -> None:
+             wanted: bool | None = None, brief: str = "", **more) -> None:
         """Write a figure down.
 
         Args:
@@ -60,6 +63,7 @@ class Work:
             unit: a key of ``SHOWN``.
             most: the goal of a number, which holds up to it.
             wanted: the goal of a truth.
+            brief: its name in the short table, for those that stand there.
             more: whatever explains the figure.
         """
         holds = None
@@ -68,7 +72,7 @@ class Work:
         if wanted is not None:
             holds = value == wanted
         write_line(self.folder, {"part": self.part, "figure": figure, "value": value, "unit": unit, "most": most,
-                                 "wanted": wanted, "holds": holds, **more})
+                                 "wanted": wanted, "holds": holds, "brief": brief, **more})
 
     def beside_others(self, name: str, make: Callable, apart: Callable) -> float | None:
         """How far something is from what the first part that asked for ``name`` made of it; None for that part.
@@ -81,35 +85,51 @@ class Work:
         made = make().detach().cpu()
         file = self.folder / "compared" / f"{name}.pt"
         file.parent.mkdir(exist_ok=True)
-        try:
-            with open(file, "xb") as new:
-                torch.save(made, new)
-            return None
-        except FileExistsError:
-            return apart(made, torch.load(file, weights_only=True))
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            own = Path(folder) / "own.pt"
+            torch.save(made, own)
+            try:
+                os.link(own, file)  # whole at once, for other parts may ask at the same time
+            except FileExistsError:
+                return apart(made, torch.load(file, weights_only=True))
+        return None
 
 
-def latest(lines: list[dict]) -> list[dict]:
-    """The lines of each part's last run."""
+def latest(lines: list[dict]) -> dict[str, list[dict]]:
+    """{part: the lines of its last run}."""
     runs: dict[str, list[dict]] = {}
     for line in lines:
         run = runs.setdefault(line["part"], [])
         if run and "state" in run[-1]:
             run.clear()
         run.append(line)
-    return [line for run in runs.values() for line in run]
+    return runs
 
 
 def rows_of(lines: list[dict]) -> list[list[str]]:
     """Rows under HEADER: the figures, and the parts that ended otherwise than done."""
     rows = []
-    for line in latest(lines):
+    for line in (line for run in latest(lines).values() for line in run):
         if "figure" in line:
             rows.append([line["part"], line["figure"], _shown(line["value"], line["unit"]), _goal(line),
                          {None: "", True: "yes", False: "NO"}[line["holds"]]])
         elif line["state"] != DONE:
             rows.append([line["part"], "", line["state"], "", "NO"])
     return rows
+
+
+def short_table(lines: list[dict]) -> str:
+    """A line for each part: how it ended, how many of its goals held, its figures, and what was missed."""
+    table = [f"{'part':22} {'ended':8} {'goals held':12} figures"]
+    for part, run in latest(lines).items():
+        figures = [line for line in run if "figure" in line]
+        goals = [line for line in figures if line["holds"] is not None]
+        missed = [line for line in goals if not line["holds"]]
+        found = [f"{line['brief']} {_shown(line['value'], line['unit'])}" for line in figures if line["brief"]]
+        found += [f"MISSED: {line['figure']} {_shown(line['value'], line['unit'])}" for line in missed[:MISSED]]
+        held = f"{len(goals) - len(missed)} of {len(goals)}"
+        table.append(f"{part:22} {run[-1].get('state', 'not ended'):8} {held:12} {', '.join(found)}".rstrip())
+    return "\n".join(table)
 
 
 def _shown(value, unit: str) -> str:

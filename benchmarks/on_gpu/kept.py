@@ -38,10 +38,11 @@ def ways(work: Work, name: str) -> None:
     medians = {way: statistics.median(whole) for way, (whole, _) in found.items()}
     best = min(medians.values())
     for way, (whole, own) in found.items():
-        work.note(f"{way}: a step", medians[way], unit="ms", rounds=whole, control=statistics.median(own))
+        work.note(f"{way}: a step", medians[way], unit="ms", brief=way.partition(":")[0], rounds=whole,
+                  control=statistics.median(own))
         work.note(f"{way}: above the best, of a step", medians[way] / best - 1, unit="%")
     near = [way for way in SIMPLEST_FIRST if medians[way] / best - 1 <= NEAR]
-    work.note("the simplest that is near to the best", near[0], bytes_kept=caches[STAY].size)
+    work.note("the simplest that is near to the best", near[0], brief="simplest:", bytes_kept=caches[STAY].size)
 
 
 def caches_of(work: Work, cache) -> dict[str, Callable]:

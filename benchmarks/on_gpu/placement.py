@@ -16,8 +16,8 @@ SETTINGS = dict(strength=1.0, start_percent=0.0, end_percent=1.0)
 RUNS = 2  # the second one takes the features that the first has kept on the host
 
 
-def draw(work: Work, way: str, most: float | None) -> None:
-    """Pictures of several bases with control and without, beside those of the other ways.
+def draw(work: Work, way: str, group: str, most: float) -> None:
+    """Pictures of several bases with control and without, beside those of the first way of a group.
 
     Args:
         most: how far they may be apart, relative L2.
@@ -32,9 +32,9 @@ def draw(work: Work, way: str, most: float | None) -> None:
         work.note(f"{way} {name}: a second run draws the same bits", torch.equal(*runs), wanted=True)
         work.note(f"{way} {name}: strength 0 changes no bit", torch.equal(bare, off), wanted=True)
         for what, picture in (("bare", bare), ("controlled", runs[0])):
-            found = work.beside_others(f"{name}_{what}", lambda picture=picture: picture, right.apart)
+            found = work.beside_others(f"{group}_{name}_{what}", lambda picture=picture: picture, right.apart)
             if found is not None:
-                work.note(f"{way} {name}: {what}, relative L2 to another way's", found, most=most)
+                work.note(f"{way} {name}: {what}, relative L2 to the first way's", found, most=most)
     comfy.model_management.unload_all_models()
     work.note(f"{way}: left on the device", allocated(), unit="MB")
 

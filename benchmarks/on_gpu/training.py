@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 
 import comfy.model_management
 import folder_paths
+import harness
 import models
 import sampling
 import torch
@@ -19,6 +21,12 @@ SETTINGS = dict(sampling.TRAINING, learning_rate=1e-4, unet_learning_rate=3e-5)
 WARM, TIMED = 3, 8  # steps
 STOPPED_AT, STEPS = 2, 4
 RESUMED = ("sd15", "sd3")
+NEAR = 0.15  # of what benchmarks/training_memory.py counts
+COUNTED = {  # {(row of RELEASED, dtype of the weights if it is another): its name there}
+    ("sd15", None): "SD1.5, 512x512", ("sdxl", None): "SDXL, 1024x1024", ("sd35", None): "SD3.5 medium, 1024x1024",
+    ("flux", None): "Flux.1 dev, 1024x1024, bf16", ("flux", "float8_e4m3fn"): "Flux.1 dev, 1024x1024, fp8",
+    ("wan", None): "Wan 2.1 1.3B, 832x480, 33 frames",
+}
 
 
 class Steps:
@@ -75,10 +83,23 @@ def measured(work: Work, name: str, weights: str | None = None) -> None:
             fits = str(error).splitlines()[0]
         found = watch.seconds(0 if work.small else WARM)
         work.note(f"{what}: fits", fits, total=torch.cuda.get_device_properties(0).total_memory if CUDA else None)
-        work.note(f"{what}: a step", statistics.median(found) if found else None, unit="ms", steps=found)
-        work.note(f"{what}: peak memory", torch.cuda.max_memory_allocated() if CUDA else None, unit="MB",
+        work.note(f"{what}: a step", statistics.median(found) if found else None, unit="ms", brief=what, steps=found)
+        peak = torch.cuda.max_memory_allocated() if CUDA else None
+        work.note(f"{what}: peak memory", peak, unit="MB", brief="with",
                   reserved=torch.cuda.max_memory_reserved() if CUDA else None)
+        counted = counted_bytes(name, weights)
+        if checkpointing and peak and counted:
+            work.note(f"{what}: peak memory, away from what is counted", abs(peak / counted - 1), unit="%", most=NEAR,
+                      counted=counted)
         del case
+
+
+def counted_bytes(name: str, weights: str | None) -> int | None:
+    """What training_memory.py counts for a training with gradient checkpointing; None where it has not run."""
+    file = harness.FOLDER / "results" / "training_memory.json"
+    if not file.exists():
+        return None
+    return sum(json.loads(file.read_text())["bytes"][f"{COUNTED[name, weights]}, ControlNeXt"].values())
 
 
 def resumed(work: Work) -> None:
