@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 GB = 2 ** 30
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
 KINDS = {"weights": "weights", "trained": "trained", "moments": "moments", "gradients": "gradients",
          "kept": "kept activations", "block": "block at work"}
 
@@ -250,15 +251,29 @@ def load_without_data(models: list, **_) -> None:
             setattr(comfy.utils.get_attr(model.model, layer), f"{name}_function", list(functions))
 
 
-def watch(meter, weights: list, optimizer, step: Callable) -> dict[str, int]:
-    """The {kind: bytes} of a step at its worst, not the first one: the optimizer has its moments."""
+def go_without_data() -> None:
+    """Have ComfyUI in this process take models without data."""
+    import comfy.model_management
+    import comfy.ops
+    comfy.model_management.load_models_gpu = load_without_data
+    comfy.ops.scaled_dot_product_attention = flash_attention
+
+
+def give_moments(optimizer) -> None:
+    """Give AdamW what it has after the first step, which it cannot make without data."""
     import torch
     for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
-        moments = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        moments = {name: torch.empty_like(parameter) for name in MOMENTS}
         optimizer.state[parameter] = {"step": torch.empty((), device="meta"), **moments}
+
+
+def watch(meter, weights: list, optimizer, step: Callable) -> dict[str, int]:
+    """The {kind: bytes} of a step at its worst, not the first one: the optimizer has its moments."""
+    give_moments(optimizer)
+    for parameter, state in optimizer.state.items():
         meter.count(parameter, "trained")
-        for moment in moments.values():
-            meter.count(moment, "moments")
+        for name in MOMENTS:
+            meter.count(state[name], "moments")
         parameter.register_post_accumulate_grad_hook(lambda parameter: meter.turn(parameter.grad, "gradients"))
     for weight in weights:
         meter.count(weight, "weights")
@@ -267,8 +282,8 @@ def watch(meter, weights: list, optimizer, step: Callable) -> dict[str, int]:
     return {kind: meter.peak[kind] for kind in KINDS}
 
 
-def of_pack(case: Case, pack, meter) -> dict[str, int]:
-    """Those of a step of Train ControlNeXt with its defaults."""
+def session_of(case: Case, pack, ranks=None):
+    """A session of Train ControlNeXt with its defaults, without data on the device."""
     import torch
     model = case.model(case.dtype)
     text = {} if case.pooled is None else {"pooled_output": torch.zeros(1, case.pooled)}
@@ -276,7 +291,12 @@ def of_pack(case: Case, pack, meter) -> dict[str, int]:
         model, [{"samples": torch.zeros(case.latent)}], [[[torch.zeros(1, *case.text), text]]],
         [torch.zeros(*case.image, 3)])
     settings = pack.module("nodes.training.settings").TrainSettings()
-    with pack.module("nodes.training.session").Session(model, samples, settings) as session:
+    return pack.module("nodes.training.session").Session(model, samples, settings, ranks=ranks)
+
+
+def of_pack(case: Case, pack, meter) -> dict[str, int]:
+    """The figures of a step of Train ControlNeXt."""
+    with session_of(case, pack) as session:
         tensors = [*session.clone.model.parameters(), *session.clone.model.buffers()]
         loss_of_batch = session.loss_of_batch
 
@@ -289,13 +309,18 @@ def of_pack(case: Case, pack, meter) -> dict[str, int]:
         return watch(meter, tensors, session.training.optimizer, session.step)
 
 
+def native_of(case: Case, pack) -> Native:
+    """The field's training, with what is frozen in bf16 or fp8."""
+    model = case.model(case.dtype if case.dtype.startswith("float8") else "bfloat16").model
+    return case.net(case, model, pack.module("nodes.runtime.places").blocks_of)
+
+
 def of_native(case: Case, pack, meter) -> dict[str, int]:
-    """Those of a step of the field's training, with the same blocks of the base running again."""
+    """The figures of a step of the field's training, with the same blocks of the base running again."""
     import comfy.model_management
     import torch
     comfy.model_management.in_training = True  # ComfyUI's own kernels take no tensors without data
-    model = case.model(case.dtype if case.dtype.startswith("float8") else "bfloat16").model
-    native = case.net(case, model, pack.module("nodes.runtime.places").blocks_of)
+    native = native_of(case, pack)
     for block in native.blocks:
         block.forward = checkpointed(block.forward, pack.module("nodes.training.denoiser").OutOfPlace)
     for part in native.frozen:
@@ -329,13 +354,11 @@ def checkpointed(forward: Callable, mode: type) -> Callable:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="only models with this in their name, such as Flux")
+    parser.add_argument("--only", default="", metavar="TEXT",
+                        help="only models with this in their name, such as Flux; nothing is written then")
     arguments = parser.parse_args()
     harness.enter()
-    import comfy.model_management
-    import comfy.ops
-    comfy.model_management.load_models_gpu = load_without_data
-    comfy.ops.scaled_dot_product_attention = flash_attention
+    go_without_data()
     pack, Meter = harness.Pack(), meter_class()
 
     rows, data = [], {}
@@ -348,9 +371,11 @@ def main() -> None:
             rows.append([f"{case.name}, {way}", *sizes, f"{sum(one.values()) / GB:.1f}"])
             print(" | ".join(rows[-1]), flush=True)
             data[f"{case.name}, {way}"] = one
-    harness.report("training_memory",
-                   "Device memory of a training step in GB of 2**30 bytes, one sample, gradient checkpointing", ["", *KINDS.values(), "together"], rows,
-                   {"bytes": data})
+    header = ["", *KINDS.values(), "together"]
+    if arguments.only:
+        return print(harness.table(header, rows))
+    harness.report("training_memory", "Device memory of a training step, one sample, gradient checkpointing, in GB",
+                   header, rows, {"bytes": data})
 
 
 if __name__ == "__main__":
