@@ -17,11 +17,13 @@ import demo
 import environment
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
     from playwright.sync_api import Page, Playwright
 
 DOCS = environment.REPOSITORY / "web" / "docs"
 README = environment.REPOSITORY / "screenshots"
+TRAINING = "training"  # the folder of pictures to train on, in the input folder
 LAYOUT = {  # {node of the main job: (left, top, width, height)}
     "checkpoint": (0, 0, 330, 98), "unet_weights": (0, 150, 330, 200), "controlnext": (0, 410, 330, 160),
     "photo": (380, 0, 330, 380), "edges": (380, 430, 330, 130), "apply": (760, 0, 330, 480),
@@ -91,6 +93,15 @@ def save_row(pictures: list, captions: list[str], path: Path) -> None:
         pen.text((left + 6, picture.height + 6), caption, font=ImageFont.load_default(15), fill=(220, 220, 220))
         left += picture.width + gap
     row.save(path, quality=88)
+
+
+def put_training(drawings: np.ndarray, captions: list[str], folder: Path) -> None:
+    """Save drawings (N, height, width, 3) with their captions in a folder."""
+    from PIL import Image
+    folder.mkdir(exist_ok=True)
+    for index, (drawing, caption) in enumerate(zip(drawings, captions, strict=True)):
+        Image.fromarray(drawing).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(caption, encoding="utf-8")
 
 
 def open_page(playwright: Playwright, url: str) -> Page:
@@ -163,10 +174,9 @@ def with_other_nodes(job: dict) -> dict:
         "control_net": node("ControlNeXtToControlNet", controlnext=["controlnext", 0]),
         "lora": node("ControlNeXtSaveAsLoRA", unet_name=provide.SD3_CANNY_UNET, model=["checkpoint", 0],
                      filename_prefix="loras/ControlNeXt", rank=0),
-        "latents": node("VAEEncode", pixels=["photo", 0], vae=["checkpoint", 2]),
-        "train": node("ControlNeXtTrain", model=["checkpoint", 0], latents=["latents", 0], conditioning=["positive", 0],
-                      images=["edges", 0], steps=4, training_dtype="fp32", gradient_checkpointing=False,
-                      preview_every=0),
+        "dataset": node("ControlNeXtDataset", folder=TRAINING, vae=["checkpoint", 2], clip=["checkpoint", 1], size=96),
+        "train": node("ControlNeXtTrain", model=["checkpoint", 0], dataset=["dataset", 0], steps=4,
+                      training_dtype="fp32", gradient_checkpointing=False, preview_every=0),
         "saved": node("ControlNeXtSave", controlnext=["train", 0], filename_prefix="controlnext/ControlNeXt"),
     }
 
@@ -181,7 +191,8 @@ def photograph_run(page: Page, graph: dict) -> None:
     page.wait_for_timeout(3000)  # the pictures on the nodes, and the message that the run is over
     photograph_nodes(page, {"controlnext": "ControlNeXtLoader", "apply": "ControlNeXtApply",
                             "control_net": "ControlNeXtToControlNet", "unet_weights": "ControlNeXtUNetLoader",
-                            "lora": "ControlNeXtSaveAsLoRA", "train": "ControlNeXtTrain", "saved": "ControlNeXtSave"})
+                            "lora": "ControlNeXtSaveAsLoRA", "dataset": "ControlNeXtDataset",
+                            "train": "ControlNeXtTrain", "saved": "ControlNeXtSave"})
     photograph_graph(page, README / "graph.jpg")
     photograph_error(page, graph, provide.CANNY_UNET, README / "error.jpg")
 
@@ -236,9 +247,13 @@ def run(options: argparse.Namespace, comfyui: Path) -> None:
     import comfy_client
     from PIL import Image
     from playwright.sync_api import sync_playwright
+
+    from demo_model import provide
+    from demo_model.drawings import load_held_out
     README.mkdir(exist_ok=True)
     base = environment.base_directory(environment.cache_folder() / "base")
     job, file = demo.prepare_job(options, comfyui, base)
+    put_training(*load_held_out(provide.WEIGHTS), base / "input" / TRAINING)
     save_edges(Image.open(file).convert("RGB"))
 
     device = ("--cpu",) if demo.needs_cpu_option() else ()

@@ -42,13 +42,14 @@ DRAWINGS = {  # workflow: the drawings whose edges or silhouette control it; no 
     "SDXL Canny": ["rooster"], "Control and LoRA": ["flamingo"], "Inpaint with Control": ["cat face"],
     "Compare": ["fish"], "SD1.5 Mask": ["koala"], "Two Controls": ["horse face"], "SDXL Depth": ["bison"],
     "Regional Control": ["flamingo", "cat face"], "Train ControlNeXt": ["horse face"],
-    "Distil a ControlNet": ["cat face"], "SD3 Canny": ["fish"],
+    "Train from a Folder": ["horse face"], "Distil a ControlNet": ["cat face"], "SD3 Canny": ["fish"],
 }
 SMALL = {"SD3 Super Resolution": "cat face"}  # the drawing that it gets a quarter as wide and high
 SHEETS = {"Tiled Upscale with Control": ["open lock", "rooster", "camera", "horse face"]}  # one loads four drawings
 POSES = {"SD1.5 Pose": (1, 1), "SVD Pose Video": (3, 1), "SVD Long Pose Video": (3, 2)}  # columns and rows of people
 GRAPHS = {"Flux Canny": 1, "Wan Canny Video": 2}  # the group that the picture begins with
-COMPARED = ("Compare", "Train ControlNeXt", "Distil a ControlNet", *SMALL)  # with control and without, half each
+TRAINED = {"Train ControlNeXt", "Train from a Folder"}  # on TRAINING
+COMPARED = {"Compare", "Distil a ControlNet", *TRAINED, *SMALL}  # with control and without, half each
 LEFT_OUT = ("LoadBackgroundRemovalModel", "LoadDA3Model", "DA3Inference")  # whose result the silhouette stands for
 SAMPLING = {"sd15": {"steps": 20, "cfg": 2.0}, "sd3": {name: demo.OWN[name] for name in ("steps", "cfg")}}
 STRENGTHS = {0.35: 1.0, 0.21: 0.6}  # the SDXL Canny weights' in the files, and what they are of controls trained at 1
@@ -123,15 +124,6 @@ def put_sheet(names: list[str], folder: Path) -> str:
     sheet = Image.fromarray(np.block([[[upper_left], [upper_right]], [[lower_left], [lower_right]]]))
     sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(folder / "sheet.png")
     return "sheet.png"
-
-
-def put_training(drawings: np.ndarray, captions: list[str], folder: Path) -> None:
-    """Save drawings (N, height, width, 3) with their captions in the folder TRAINING."""
-    from PIL import Image
-    (folder / TRAINING).mkdir(exist_ok=True)
-    for index, (drawing, caption) in enumerate(zip(drawings, captions, strict=True)):
-        Image.fromarray(drawing).save(folder / TRAINING / f"{index}.png")
-        (folder / TRAINING / f"{index}.txt").write_text(caption, encoding="utf-8")
 
 
 def put_teacher(folder: Path) -> None:
@@ -218,6 +210,7 @@ def changes_on_small_model(base: Base, options: argparse.Namespace, files: list[
         "ControlNetLoader": {"control_net_name": TEACHER},
         "LoadImage": {"image": lambda _: next(next_file)},
         "LoadImageTextDataSetFromFolder": {"folder": TRAINING},
+        "ControlNeXtDataset": {"folder": TRAINING, "size": width},
         "CLIPTextEncode": {"text": lambda text: "" if not text or "worst quality" in text else next(next_text)},
         "ImageScale": {"width": width, "height": height},
         "EmptyLatentImage": {"width": unless_linked(len(files) * width),  # side by side
@@ -353,10 +346,10 @@ def run(options: argparse.Namespace, comfyui: Path) -> None:
     chosen = options.workflows or sorted(file.stem for file in EXAMPLES.glob("*.json"))
     base = environment.base_directory(environment.cache_folder() / "base")
     provide.provide(comfyui, base / "models")
-    if "Train ControlNeXt" in chosen:
+    if TRAINED & set(chosen):
         drawings = load_drawings(environment.cache_folder() / "demo_model")
-        put_training(drawings.pictures[drawings.training], [drawings.captions[index] for index in drawings.training],
-                     base / "input")
+        captions = [drawings.captions[index] for index in drawings.training]
+        pictures.put_training(drawings.pictures[drawings.training], captions, base / "input" / TRAINING)
     if "Distil a ControlNet" in chosen:
         put_teacher(base / "models" / "controlnet")
     Image.fromarray(drawing_of("cat face")).save(base / "input" / "example.png")  # for GRAPHS, whose files load it

@@ -1,4 +1,4 @@
-"""Trainings through the real server: an interruption and going on from what it kept, and the example workflow."""
+"""Trainings through the real server: an interruption and going on from what it kept, and the example workflows."""
 
 import json
 import urllib.request
@@ -11,6 +11,7 @@ import pytest
 import stand_in
 import thumbnails
 from graph import to_prompt
+from pictures import put_training
 from PIL import Image
 from training_graph import graph
 
@@ -36,13 +37,14 @@ def test_an_interrupted_training_is_listed_and_goes_on_to_a_saved_model(url, bas
     assert (base / "output" / folder / "controlnet.safetensors").is_file()
 
 
-def test_the_training_workflow_trains_saves_and_draws_with_and_without_control(url, base, comfyui):
+@pytest.mark.parametrize("name", sorted(thumbnails.TRAINED))
+def test_a_training_workflow_trains_saves_and_draws_with_and_without_control(url, base, comfyui, name):
     """From the file to the pictures, on the demonstration's model and a few of its drawings."""
     provide.provide(comfyui, base / "models")
     drawings, captions = load_held_out(provide.WEIGHTS)
-    thumbnails.put_training(drawings[:4], captions[:4], base / "input")
+    put_training(drawings[:4], captions[:4], base / "input" / thumbnails.TRAINING)
     drawing = thumbnails.put_drawing("rooster", False, base / "input")
-    workflow = json.loads((thumbnails.EXAMPLES / "Train ControlNeXt.json").read_text(encoding="utf-8"))
+    workflow = json.loads((thumbnails.EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
     prompt = thumbnails.on_small_model(to_prompt(workflow, comfy_client.inputs_of(url)),
                                        SimpleNamespace(steps=2, cfg=1.0, seed=0, training_steps=2), [drawing],
                                        ["rooster"])
