@@ -10,8 +10,8 @@ from .places import Place, base_of, kind_of, places_of, unwrapped
 from .settings import Settings
 from .strength_over_time import StrengthOverTime
 
-FEW_BITS = ("The connected MODEL multiplies in 8 bits or fewer, so what control changes is off by some percent, as all "
-            "that it computes; connect the same model in fp16 or GGUF to have it exact.")
+FEW_BITS = ("The connected MODEL multiplies in 8 bits or fewer, so the effect of control, like the whole picture, is "
+            "off by a few percent; connect the same model in fp16 or GGUF to avoid that.")
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,8 @@ def base_of_model(model: RunningModel) -> str:
     """The base (a key of ``BASES``) of a MODEL. ValueError: it has none."""
     base = base_of(model.base_model, model.denoiser)
     if base is None:
-        raise ValueError(f"model: ControlNeXt steers {listed(base.title for base in BASES.values())} models; the "
-                         f"connected MODEL is {kind_of(model.base_model, model.denoiser)}, which is not supported "
-                         "yet; connect one of those.")
+        raise ValueError(f"model: the connected MODEL is {kind_of(model.base_model, model.denoiser)}, which is not "
+                         f"supported yet; connect one of {listed(base.title for base in BASES.values())}.")
     return base
 
 

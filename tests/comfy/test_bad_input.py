@@ -213,7 +213,7 @@ def test_a_model_of_no_known_base_is_not_supported_yet(apply):
     model = comfy.model_patcher.ModelPatcher(aura.get_model({}), torch.device("cpu"), torch.device("cpu"))
     with pytest.raises(ValueError) as raised:
         apply(model)
-    assert "models; the connected MODEL is a AuraFlow, which is not supported yet" in one_sentence(raised)
+    assert "model: the connected MODEL is AuraFlow, which is not supported yet" in one_sentence(raised)
 
 
 LOOK_ALIKES = {  # {ComfyUI's class: (what it is built like, what differs, its name)}
