@@ -15,8 +15,8 @@ from .runtime.base_weights import (
 )
 from .runtime.files import fingerprint_listed, list_files
 
-ROUNDED = (" The connected MODEL is kept in 8 bits, and ComfyUI rounds to them what is added, which changes control by "
-           "some percent; connect the same model in fp16 or GGUF to have it exact.")
+ROUNDED = (" The connected MODEL is kept in 8 bits, to which ComfyUI rounds the sum, so the effect of control is off "
+           "by a few percent; connect the same model in fp16 or GGUF to avoid that.")
 
 
 class ControlNeXtUNetLoader(io.ComfyNode):

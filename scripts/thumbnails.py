@@ -64,9 +64,9 @@ SETTINGS = {  # the training's, for so small a model
     "preview_every": 0,
 }
 # Ends of the sentence about the thumbnail in a workflow's note, before and after this script made it.
-NOT_MADE = "shows the graph and no result: these weights could not be had where it was made."
-MADE = ("was made by running this graph on a small model of drawings, which this project trained; where it needs other "
-        "models, with the drawing's silhouette.")
+NOT_MADE = "shows the graph and no result: these weights could not be downloaded where it was made."
+MADE = ("shows a run of this graph with a small model of drawings, trained for this project; the drawing's silhouette "
+        "stands for what needs other models.")
 
 
 def parse_arguments() -> argparse.Namespace:

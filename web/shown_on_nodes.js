@@ -18,6 +18,7 @@ const STYLE = `
     color: var(--input-text); background: var(--comfy-input-bg);`
 const [WIDTH, HEIGHT] = [384, 160] // of the chart
 const [LEFT, TOP, RIGHT, BOTTOM] = [30, 12, 374, 136] // of the plot in it
+const LABELS = { en: ["begin", "strength over the sampling", "end"], zh: ["开始", "采样过程中的强度", "结束"] }
 
 app.registerExtension({
     name: "comfyuicontrolnext.ShownOnNodes",
@@ -145,6 +146,7 @@ function chartOf(strengths) {
         <line x1="${LEFT}" x2="${RIGHT}" y1="${y(level)}" y2="${y(level)}" stroke="currentColor" opacity="0.3"/>
         <text x="${LEFT - 6}" y="${y(level) + 5}" text-anchor="end">${Number(level.toPrecision(3))}</text>`)
 
+    const [begin, title, end] = LABELS[app.extensionManager.setting.get("Comfy.Locale")] ?? LABELS.en
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg")
     svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`)
     svg.style.cssText = "display: block; width: 100%"
@@ -153,9 +155,9 @@ function chartOf(strengths) {
         <polyline points="${line}" fill="none" stroke="#78c8ff" stroke-width="2"/>
         <g fill="currentColor" font-size="15">
             ${levels.join("")}
-            <text x="${LEFT}" y="${HEIGHT - 5}">begin</text>
-            <text x="${(LEFT + RIGHT) / 2}" y="${HEIGHT - 5}" text-anchor="middle">strength over the sampling</text>
-            <text x="${RIGHT}" y="${HEIGHT - 5}" text-anchor="end">end</text>
+            <text x="${LEFT}" y="${HEIGHT - 5}">${begin}</text>
+            <text x="${(LEFT + RIGHT) / 2}" y="${HEIGHT - 5}" text-anchor="middle">${title}</text>
+            <text x="${RIGHT}" y="${HEIGHT - 5}" text-anchor="end">${end}</text>
         </g>`
     return svg
 }

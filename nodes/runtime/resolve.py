@@ -10,8 +10,8 @@ from .places import Place, base_of, kind_of, no_way_into, places_of, unwrapped
 from .settings import Settings
 from .strength_over_time import StrengthOverTime
 
-FEW_BITS = ("The connected MODEL multiplies in 8 bits or fewer, so what control changes is off by some percent, as all "
-            "that it computes; connect the same model in fp16 or GGUF to have it exact.")
+FEW_BITS = ("The connected MODEL multiplies in 8 bits or fewer, so the effect of control, like the whole picture, is "
+            "off by a few percent; connect the same model in fp16 or GGUF to avoid that.")
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def base_of_model(model: RunningModel) -> str:
     kind, why = kind_of(model.base_model, model.denoiser), no_way_into(model.denoiser)
     if why is not None:
         raise ValueError(f"model: control has no way into the connected MODEL, which is {kind}: {why}.")
-    raise ValueError(f"model: ControlNeXt steers {listed(base.title for base in BASES.values())} models; the "
-                     f"connected MODEL is {kind}, which is not supported yet; connect one of those.")
+    raise ValueError(f"model: the connected MODEL is {kind}, which is not supported yet; connect one of "
+                     f"{listed(base.title for base in BASES.values())}.")
 
 
 def computes_in_few_bits(model: RunningModel) -> bool:

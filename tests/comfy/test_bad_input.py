@@ -209,7 +209,7 @@ def test_start_not_before_end_is_an_error(apply, sd15, start, end):
 def test_a_model_of_no_known_base_is_not_supported_yet(apply):
     with pytest.raises(ValueError) as raised:
         apply(transformer_model("HunyuanVideo"))
-    assert "models; the connected MODEL is HunyuanVideo, which is not supported yet" in one_sentence(raised)
+    assert "model: the connected MODEL is HunyuanVideo, which is not supported yet" in one_sentence(raised)
 
 
 @pytest.mark.versions

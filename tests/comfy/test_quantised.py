@@ -83,7 +83,7 @@ def test_the_unet_loader_tells_differences_from_replacements_and_applies_them(qu
     said = {"difference": "added as differences", "replace": "put in place of the MODEL's"}[mode]
     text, = output.ui.as_dict()["text"]
     assert said in text
-    assert "kept in 8 bits, and ComfyUI rounds to them what is added" in text
+    assert "kept in 8 bits, to which ComfyUI rounds the sum" in text
     patched = output.result[0].patch_weight_to_device(f"diffusion_model.{KEY}", torch.device("cpu"), return_weight=True)
     patched = (patched.dequantize() if isinstance(patched, QuantizedTensor) else patched).float()
     assert float((patched - base - change).norm() / base.norm()) < ROUNDED

@@ -24,6 +24,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+SWITCH_FACE = "nodes2 => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', nodes2)"
+
 
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
@@ -83,15 +85,14 @@ def page(open_page, request):
     yield page
     browser.PICTURES.mkdir(exist_ok=True)
     page.screenshot(path=browser.PICTURES / f"{re.sub('[^A-Za-z0-9.]+', '_', request.node.name)}.png")
+    page.evaluate(SWITCH_FACE, False)
 
 
 @pytest.fixture(params=[False, True], ids=["classic", "Nodes 2.0"])
 def nodes2(page, request):
     """Whether the frontend shows nodes in its newer face, as it does until the test ends."""
-    switch = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
-    page.evaluate(switch, request.param)
-    yield request.param
-    page.evaluate(switch, False)
+    page.evaluate(SWITCH_FACE, request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -221,6 +221,14 @@ def test_every_file_to_download_is_named_where_its_loader_asks_for_it():
                 assert model["url"] in note and f"models/{model['directory']}" in note, file.name
 
 
+def test_every_note_has_the_same_title_and_a_blueprints_node_an_id_of_its_own():
+    for file in [*WORKFLOWS, *(environment.REPOSITORY / "subgraphs").glob("*.json")]:
+        graph = json.loads(file.read_text(encoding="utf-8"))
+        inner = [node for part in graph.get("definitions", {}).get("subgraphs", []) for node in part["nodes"]]
+        assert [node["title"] for node in graph["nodes"] + inner if node["type"] == "MarkdownNote"] == ["How to use"]
+        assert not {node["id"] for node in graph["nodes"]} & {node["id"] for node in inner}, file.name
+
+
 def test_a_pack_that_an_example_needs_is_named_and_linked_in_its_note():
     found = {}
     for file in WORKFLOWS:

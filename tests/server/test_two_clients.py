@@ -99,5 +99,5 @@ def test_a_client_hears_of_its_own_runs_alone(at_once):
         events = [json.loads(message.data) for message in messages if message.type is aiohttp.WSMsgType.TEXT]
         own = {run["prompt"][1] for run in histories[client]}
         assert {event["data"]["prompt_id"] for event in events if event["type"] == "executing"} == own
-        texts = b" ".join(message.data for message in messages if message.type is aiohttp.WSMsgType.BINARY)
-        assert [steps for steps in (1, 2, 3) if f"step 1 of {steps}, loss".encode() in texts] == [STEPS[client]]
+        texts = " ".join(event["data"]["text"] for event in events if event["type"] == "controlnext_text")
+        assert [steps for steps in (1, 2, 3) if f"step 1 of {steps}, loss" in texts] == [STEPS[client]]
