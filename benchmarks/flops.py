@@ -271,7 +271,7 @@ def flops_of(step: Step, places_of: Callable, steps: int) -> dict:
     from controlnext_core.module import new_module
     from controlnext_core.sizes import halved
     family = FAMILIES[step.family]
-    place = places_of(step.model.diffusion_model)[family.place]
+    place = places_of(step.model.diffusion_model)[family.place_name]
     size = halved(tuple(step.latent.shape[-2:]), place.halvings)
     with torch.device("meta"):
         module = new_module(family, out=place.channels).to(step.image.dtype)

@@ -31,7 +31,7 @@ class Family:
         name: the name people choose in the loader.
         base: the denoiser that it steers, a key of ``BASES``.
         layout: the state dict layout (see ``layouts``) that its files have.
-        place: where the features enter the denoiser.
+        place_name: name of the place where the features enter the denoiser.
         pool_first: pool the features to the denoiser's size before normalizing them, not after.
         eps: added to the std of the features.
         released: the reference implementation has it; the others are this project's own.
@@ -46,7 +46,7 @@ class Family:
     name: str
     base: str
     layout: str
-    place: str
+    place_name: str
     pool_first: bool
     eps: float
     released: bool = True

@@ -37,7 +37,7 @@ class ControlNeXtSave(io.ComfyNode):
     def execute(cls, controlnext: ControlNeXt, filename_prefix: str) -> io.NodeOutput:
         read = controlnext.loaded.checkpoint
         files = reference_files(read.state_dict, FAMILIES.get(controlnext.variant), read.scale,
-                                controlnext.unet_differences, controlnext.place)
+                                controlnext.unet_differences, controlnext.place_name)
         output = folder_paths.get_output_directory()
         parent, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
         folder = os.path.join(parent, f"{name}_{counter:05}_")

@@ -151,7 +151,7 @@ def fill(network: torch.nn.Module, seed: int = 0) -> None:
 def controlnext(work: Work, released: Released, model: ModelPatcher, dtype: torch.dtype):
     """A CONTROLNEXT of the base's family for a MODEL, with random weights, as wide as the release unless small."""
     family = FAMILIES[released.base]
-    place = work.pack.module("nodes.runtime.places").places_of(model.model.diffusion_model)[family.place]
+    place = work.pack.module("nodes.runtime.places").places_of(model.model.diffusion_model)[family.place_name]
     module = new_module(family, seed=1, out=place.channels, **(models.NARROW if work.small else {}))
     held = torch.float16 if dtype.itemsize < 4 else torch.float32  # as files are
     weights = {key: value.to(held) for key, value in module.state_dict().items()}

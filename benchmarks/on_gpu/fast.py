@@ -204,7 +204,7 @@ def reference_apart(work: Work, bench: Bench) -> float:
     """
     case = bench.case
     module, family = case.controlnext.patcher.model, FAMILIES[case.released.base]
-    place = work.pack.module("nodes.runtime.places").places_of(case.model.model.diffusion_model)[family.place]
+    place = work.pack.module("nodes.runtime.places").places_of(case.model.model.diffusion_model)[family.place_name]
     halves, images = case.released.halves, len(case.image)
     frames = case.latent.shape[2] if case.latent.ndim == 5 else 1
     grid = (frames, *halved(tuple(case.latent.shape[-2:]), place.halvings))

@@ -114,14 +114,14 @@ class ControlNeXt:
     """The object on a CONTROLNEXT link: the shared module and the variant that the user chose for it.
 
     From a training also ``unet_differences``, {diffusers name: tensor} of the UNet weights that were trained with it,
-    and ``place``, where it was trained to enter; from a file whatever its metadata says of that, None for nothing.
+    and ``place_name``, the place where it was trained to enter; from a file as its metadata says, None for nothing.
     """
 
     loaded: LoadedModule
     variant: str
     name: str
     unet_differences: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    place: str | None = None
+    place_name: str | None = None
 
     def __deepcopy__(self, memo) -> "ControlNeXt":
         return self
@@ -152,14 +152,14 @@ def load_controlnext(name: str, variant: str) -> ControlNeXt:
     loaded.checkpoint.check_variant(variant)
     if variant == "auto":
         variant = loaded.checkpoint.known_family(loaded.metadata.get(FAMILY_KEY))
-    return ControlNeXt(loaded, variant, name, place=loaded.metadata.get(PLACE_KEY))
+    return ControlNeXt(loaded, variant, name, place_name=loaded.metadata.get(PLACE_KEY))
 
 
 def trained_controlnext(state_dict: Mapping, family: str, name: str, unet_differences: Mapping,
-                        place: str | None = None) -> ControlNeXt:
+                        place_name: str | None = None) -> ControlNeXt:
     """A CONTROLNEXT of weights that come from no file."""
     loaded = LoadedModule(dict(state_dict), name, (trained_patcher, (state_dict, name)))
-    return ControlNeXt(loaded, family, name, unet_differences, place)
+    return ControlNeXt(loaded, family, name, unet_differences, place_name)
 
 
 def trained_patcher(state_dict: Mapping, name: str, disable_dynamic: bool = False):

@@ -99,7 +99,7 @@ def resolve(model: RunningModel, settings: Settings) -> Resolved:
     """
     controlnext = settings.controlnext
     family = family_of(model, controlnext)
-    trained_at = controlnext.place or family.place
+    trained_at = controlnext.place_name or family.place_name
     place_name = trained_at if settings.inject_at == "auto" else settings.inject_at
     place = _place(model, controlnext, place_name)
 

@@ -35,7 +35,7 @@ def start_control(model, controlnext: ControlNeXt | None, settings: TrainSetting
               else family_for("light", BASES[base].new_variant, base))
     places, inject_at = places_of(model_of(model).denoiser), settings.inject_at
     if inject_at == "auto":
-        inject_at = controlnext and controlnext.place or family.place
+        inject_at = controlnext and controlnext.place_name or family.place_name
     if inject_at not in places:
         raise ValueError(f"inject_at: control of {family.name} should enter at {quoted(inject_at)}, a place that "
                          f"the connected MODEL lacks; set inject_at to {either(list(places))}.")

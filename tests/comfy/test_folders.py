@@ -76,7 +76,7 @@ def test_metadata_is_read_whatever_the_file_s_ending(run, models_folder, goldens
     save_file(narrowed(goldens.state_dict("svd")), folder / f"named.{suffix}",
               {FAMILY_KEY: "svd_padded", PLACE_KEY: "conv_in"})
     loaded = run("ControlNeXtLoader", controlnext_name=f"named.{suffix}", variant="auto")
-    assert (loaded.variant, loaded.place) == ("svd_padded", "conv_in")
+    assert (loaded.variant, loaded.place_name) == ("svd_padded", "conv_in")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "sft"])

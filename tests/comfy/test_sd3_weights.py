@@ -81,7 +81,7 @@ def test_what_was_trained_draws_the_same_from_its_files_and_as_a_stock_lora(sd3,
     for file in ("controlnet", "unet"):
         (saved / f"{file}.safetensors").rename(models_folder / "controlnext" / f"sd3_{file}.safetensors")
     loaded = run("ControlNeXtLoader", controlnext_name="sd3_controlnet.safetensors", variant="auto")
-    assert loaded.variant == "sd3" and loaded.place == "tokens"
+    assert loaded.variant == "sd3" and loaded.place_name == "tokens"
     by_file = run("ControlNeXtUNetLoader", model=sd3, unet_name="sd3_unet.safetensors", strength=1.0, mode="auto")
     folder_paths.add_model_folder_path("loras", str(OUTPUT / "loras"))  # as ComfyUI's main.py does
     output = comfy_nodes["ControlNeXtSaveAsLoRA"].execute("sd3_unet.safetensors", sd3, "loras/sd3", 0)

@@ -87,7 +87,7 @@ def test_what_was_trained_draws_the_same_from_its_files_and_as_a_lora(base, mode
     for file in ("controlnet", "unet"):
         (saved / f"{file}.safetensors").rename(models_folder / "controlnext" / f"{base}_{file}.safetensors")
     loaded = run("ControlNeXtLoader", controlnext_name=f"{base}_controlnet.safetensors", variant="auto")
-    assert loaded.variant == base and loaded.place == "tokens"
+    assert loaded.variant == base and loaded.place_name == "tokens"
     by_file = run("ControlNeXtUNetLoader", model=model, unet_name=f"{base}_unet.safetensors", strength=1.0, mode="auto")
     folder_paths.add_model_folder_path("loras", str(OUTPUT / "loras"))  # as ComfyUI's main.py does
     output = comfy_nodes["ControlNeXtSaveAsLoRA"].execute(f"{base}_unet.safetensors", model, f"loras/{base}", 0)
