@@ -118,9 +118,9 @@ class ControlNeXtTrain(io.ComfyNode):
                              optional=True, advanced=True,
                              tooltip="Averages this many batches per step: the effect of a larger batch without its "
                                      "memory, at proportionally more time."),
-                inject_at_input("Where control enters the UNet, or the tokens of a transformer such as SD3. auto is "
-                                "where the connected CONTROLNEXT or the kept training does, and the reference's place "
-                                "for a new one."),
+                inject_at_input("Layer at which control is added: a block of the UNet; in a transformer the image tokens, "
+                                "before the first block or after one. auto takes the layer of the connected "
+                                "CONTROLNEXT or of the kept training, and the authors' layer for a new one."),
                 io.Boolean.Input("super_resolution", default=TrainSettings.super_resolution, optional=True,
                                  advanced=True,
                                  tooltip="Trains control that restores pictures: connect the pictures themselves to "
@@ -144,7 +144,8 @@ class ControlNeXtTrain(io.ComfyNode):
                                step=1e-7, round=False, optional=True, advanced=True,
                                tooltip="Learning rate of the scale, a number that control is multiplied by; it is "
                                        "learned with the module and kept in its file. Ten times learning_rate is good."
-                                       " 0 leaves the scale at 1, as in the reference's SD1.5 and SDXL files."),
+                                       " 0 keeps the scale at 1: the authors' code loads only such files, except those"
+                                       " of the mid families."),
                 io.Image.Input("validation_image", optional=True,
                                tooltip="Previews are sampled under this control image, one that is not trained on. "
                                        "Without it, under the first of images."),

@@ -175,8 +175,9 @@ class Session:
         with self._told_if_it_fails("teacher: the connected CONTROL_NET", advice):
             taught = self.denoise_without_student(x, sigma, conds, self.teacher)
         if torch.equal(taught, untaught):
-            raise ValueError(f"teacher: the connected CONTROL_NET changes nothing in what the connected MODEL, a "
-                             f"{type(self.base_model).__name__}, predicts; {advice}, at a teacher_strength above 0.")
+            raise ValueError("teacher: the connected CONTROL_NET changes nothing in what the connected MODEL, which "
+                             f"is {type(self.base_model).__name__}, predicts; {advice}, at a teacher_strength above "
+                             "0.")
 
     def _try_shown(self) -> None:
         """One forward under the caption of the previews, so that none of them ends a training later."""
@@ -194,8 +195,8 @@ class Session:
             raise
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{what} does not fit the connected MODEL, a {type(self.base_model).__name__} ({reason}); "
-                             f"{advice}.") from error
+            raise ValueError(f"{what} does not fit the connected MODEL, which is {type(self.base_model).__name__} "
+                             f"({reason}); {advice}.") from error
 
     def step(self) -> float:
         """One update; its loss. Whatever ends it early leaves the training as it was before."""

@@ -227,8 +227,10 @@ def test_a_training_under_a_teacher_is_resumed_as_if_it_had_never_stopped(train,
 REFUSED = {
     r"teacher_share: there is no teacher": dict(teacher=None, teacher_share=0.5),
     r"teacher_vae: the connected teacher takes control images as latents": dict(teacher="sd3", teacher_vae=None),
-    r"teacher: .* does not fit the connected MODEL, a BaseModel \(.*SDXL on SD1\?\); connect one": dict(teacher="sdxl"),
-    r"teacher: .* changes nothing in what the connected MODEL, a SD3, predicts": dict(teacher="adapter", base="sd3"),
+    r"teacher: .* does not fit the connected MODEL, which is BaseModel \(.*SDXL on SD1\?\); connect":
+        dict(teacher="sdxl"),
+    r"teacher: .* changes nothing in what the connected MODEL, which is SD3, predicts":
+        dict(teacher="adapter", base="sd3"),
     r"teacher: .* changes nothing .* at a teacher_strength above 0": dict(teacher="sd15", teacher_strength=0.0),
 }
 
