@@ -118,8 +118,8 @@ class ControlNeXtTrain(io.ComfyNode):
                              optional=True, advanced=True,
                              tooltip="Averages this many batches per step: the effect of a larger batch without its "
                                      "memory, at proportionally more time."),
-                inject_at_input("Layer at which control is added: a block of the UNet; in a transformer the image tokens, "
-                                "before the first block or after one. auto takes the layer of the connected "
+                inject_at_input("Layer at which control is added: a block of the UNet; in a transformer the image "
+                                "tokens, before the first block or after one. auto takes the layer of the connected "
                                 "CONTROLNEXT or of the kept training, and the authors' layer for a new one."),
                 io.Boolean.Input("super_resolution", default=TrainSettings.super_resolution, optional=True,
                                  advanced=True,
