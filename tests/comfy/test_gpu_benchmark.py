@@ -14,10 +14,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 COMMAND = REPOSITORY / "benchmarks" / "gpu.py"
-# each function that parts have, once
+# each function that parts have
 DRY_RUN = ("right_normal", "right_lowvram", "right_goldens", "right_precision", "right_compiled", "right_memory",
-           "right_resumed", "right_out_of_memory", "fast_sd15", "fast_flux", "fast_wan_compiled", "kept_sdxl",
-           "training_wan")
+           "right_resumed", "right_out_of_memory", "fast_sd15", "fast_flux", "kept_sdxl", "training_wan")
 OF_TIME = ("control's own time", "whole step above")  # figures whose goals small models on a CPU do not reach
 
 
