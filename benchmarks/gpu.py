@@ -144,9 +144,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen(names: list[str], lines: list[dict]) -> list[Part]:
-    """The parts of these names, or whose names begin so; without names, those that are not done."""
-    done = {line["part"] for line in lines if line.get("state") == DONE}
+def chosen(names: list[str], lines: list[dict], small: bool) -> list[Part]:
+    """The parts of these names, or whose names begin so; without names, those that are not done at this size."""
+    done = {line["part"] for line in lines if line.get("state") == DONE and line["small"] == small}
     if not names:
         return [part for part in PARTS if part.name not in done]
 
@@ -274,7 +274,8 @@ def main() -> None:
         return pack.pack(arguments.pack.absolute())
 
     out.mkdir(parents=True, exist_ok=True)
-    parts = chosen(arguments.parts, read_lines(out))
+    small = arguments.small or not environment.has_nvidia_gpu()
+    parts = chosen(arguments.parts, read_lines(out), small)
     if arguments.inside:
         state = inside(parts, out, arguments.small)
         sys.exit(next(code for code, name in EXITS.items() if name == state))
@@ -285,8 +286,7 @@ def main() -> None:
     except environment.SetupError as error:
         sys.exit(f"Error: {error}")
     os.environ.update({environment.INSIDE: "1", "COMFYUI_PATH": str(comfyui)})
-    run = run_all if environment.has_nvidia_gpu() and not arguments.small else run_small
-    run(parts, python, out, until)
+    (run_small if small else run_all)(parts, python, out, until)
     lines = read_lines(out)
     (out / TABLE).write_text(harness.table(HEADER, rows_of(lines)) + "\n", encoding="utf-8")
     print(f"\n{short_table(lines)}\n\nAll figures: {out / TABLE}")

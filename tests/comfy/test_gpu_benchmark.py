@@ -14,10 +14,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 COMMAND = REPOSITORY / "benchmarks" / "gpu.py"
-# each function that parts have, once
+# each function that parts have
 DRY_RUN = ("right_normal", "right_lowvram", "right_goldens", "right_precision", "right_compiled", "right_memory",
-           "right_resumed", "right_out_of_memory", "fast_sd15", "fast_flux", "fast_wan_compiled", "kept_sdxl",
-           "training_wan")
+           "right_resumed", "right_out_of_memory", "fast_sd15", "fast_flux", "kept_sdxl", "training_wan")
 OF_TIME = ("control's own time", "whole step above")  # figures whose goals small models on a CPU do not reach
 
 
@@ -105,13 +104,14 @@ def test_no_part_is_started_for_less_than_it_needs_at_least(gpu, tmp_path):
 
 def test_parts_are_chosen_by_name_by_beginning_or_by_what_is_left(gpu):
     def names(*asked: str, lines=()) -> list[str]:
-        return [part.name for part in gpu.chosen(list(asked), list(lines))]
+        return [part.name for part in gpu.chosen(list(asked), list(lines), False)]
 
     every = [part.name for part in gpu.PARTS]
     assert names("fast_sd15") == ["fast_sd15"]
     assert names("fast_sd1") == ["fast_sd15", "fast_sd15_compiled"]
     assert names("kept", "right_goldens") == ["right_goldens", "kept_sdxl", "kept_sd15"]
-    lines = [{"part": "kept_sdxl", "state": "done"}, {"part": "kept_sd15", "state": "failed"}]
+    lines = [{"part": "kept_sdxl", "state": "done", "small": False}, {"part": "kept_sd15", "state": "failed"},
+             {"part": "fast_wan", "state": "done", "small": True}]
     assert names(lines=lines) == [name for name in every if name != "kept_sdxl"]
     assert names("kept_sdxl", lines=lines) == ["kept_sdxl"]
     with pytest.raises(SystemExit, match="PART: none is or begins with slow"):
