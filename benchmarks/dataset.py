@@ -195,10 +195,10 @@ def main() -> None:
     rows = [
         [f"encoding {PICTURES} pictures of 96x96", f"{PICTURES / encoded['seconds']:.1f} a second"],
         ["encoding a caption", f"{encoded['seconds_of_a_caption']:.2f} s"],
-        ["the same when all of it is encoded", f"{encoded['seconds_when_all_is_encoded']:.2f} s"],
+        ["the node when all of it is encoded", f"{encoded['seconds_when_all_is_encoded']:.2f} s"],
         ["cache of a picture, of a caption",
          f"{encoded['picture_bytes'] / 1000:.1f} kB, {encoded['caption_bytes'] / 1000:.0f} kB"],
-        *([f"memory for {one['pictures']} pictures: encoding, training, in its end",
+        *([f"memory for {one['pictures']} pictures: encoding, training, at its end",
            ", ".join(f"{one[name] / MB:.0f} MB" for name in ("encoding", "training", "resident"))] for one in memory),
         *([f"looking through {one['pictures']} pictures when all of them are encoded",
            f"{one['seconds_when_all_is_encoded']:.1f} s"] for one in memory),
