@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "train.py"
 STEPS = 6
-TIMEOUT = 0.5  # minutes
+TIMEOUT = 2.0  # minutes; a machine with much to do may keep one rank waiting long for another
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_two_ranks_learn_what_one_process_learns_from_two_batches_a_step(base, a
 def test_one_of_several_ranks_writes_and_shows(base, two):
     kept = [name for name in written(base, "two") if name.endswith(".pt")]
     assert kept == [f"two_00001_step_{step}.pt" for step in (STEPS // 2, STEPS)]
-    assert two.count(f"0/{STEPS} [00:00<?") == 1, "progress is one bar"
+    assert two.count(f"0/{STEPS} [00:00<?, ?it/s]") == 1, "progress is one bar"
 
 
 def test_a_state_that_two_ranks_kept_goes_on_with_one(base, workflow, train, alone, two):
