@@ -23,6 +23,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import harness
+from watch import ControlWatch
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,7 @@ def case_of(arguments: argparse.Namespace) -> Case:
                 count=max(2, arguments.steps_per_round or (10 if cuda else 2)))
 
 
-class Watch:
+class Watch(ControlWatch):
     """A watch for the seconds that a way of control adds to a sampling's steps."""
 
     def __init__(self):
@@ -123,21 +124,6 @@ class Watch:
         finally:
             self.synchronize()
             self.added += sign * (time.perf_counter() - start)
-
-    def watched(self, function: Callable) -> Callable:
-        def call(*args, **kwargs):
-            with self.adding():
-                return function(*args, **kwargs)
-        return call
-
-    def outside(self, executor, *args, **kwargs):
-        """Outermost APPLY_MODEL wrapper, and ``inside`` the innermost: between them is what control adds."""
-        with self.adding():
-            return executor(*args, **kwargs)
-
-    def inside(self, executor, *args, **kwargs):
-        with self.adding(-1):
-            return executor(*args, **kwargs)
 
 
 class Bench:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from watch import ControlWatch
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -41,7 +42,7 @@ def seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> f
     return start.elapsed_time(end) / 1000 if CUDA else end - start
 
 
-class Watch:
+class Watch(ControlWatch):
     """A watch for steps and for what control adds to them; it is read when all steps are over.
 
     Attributes:
@@ -67,21 +68,6 @@ class Watch:
             yield
         finally:
             self.control.append((sign, start, mark()))
-
-    def watched(self, function: Callable) -> Callable:
-        def call(*args, **kwargs):
-            with self.adding():
-                return function(*args, **kwargs)
-        return call
-
-    def outside(self, executor, *args, **kwargs):
-        """Outermost APPLY_MODEL wrapper, and ``inside`` the innermost: between them is what control adds."""
-        with self.adding():
-            return executor(*args, **kwargs)
-
-    def inside(self, executor, *args, **kwargs):
-        with self.adding(-1):
-            return executor(*args, **kwargs)
 
     def read(self) -> list[tuple[float, float]]:
         """(seconds, those of control) of each step since the last time."""
