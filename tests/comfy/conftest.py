@@ -98,6 +98,13 @@ def model(base):
     return small_transformer(base)
 
 
+@pytest.fixture(scope="module")
+def controlnext(pack, base):
+    """An untrained CONTROLNEXT for ``model``."""
+    from tokens import new_controlnext
+    return new_controlnext(pack, base)
+
+
 @pytest.fixture(scope="session")
 def controlnexts(run, goldens, models_folder):
     """{family: CONTROLNEXT}, loaded by name, as wide as the small UNets."""

@@ -5,17 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sampling import cond, conds, latent, one_call_each, relative, sample
-from tokens import BASES, VIDEOS, by_hand, drawn, entering, new_controlnext, picture_for
+from tokens import BASES, VIDEOS, by_hand, drawn, entering, picture_for
 
 
 @pytest.fixture(scope="module", params=VIDEOS)
 def base(request) -> str:
     return request.param
-
-
-@pytest.fixture(scope="module")
-def controlnext(pack, base):
-    return new_controlnext(pack, base)
 
 
 def empty(base: str, frames: int) -> torch.Tensor:

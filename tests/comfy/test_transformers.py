@@ -10,7 +10,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from sampling import cond, conds, one_call_each, picture, relative
-from tokens import BASES, BLOCK_BEHIND, ENTERED, by_hand, drawn, entering, new_controlnext, picture_for, with_reference
+from tokens import BASES, BLOCK_BEHIND, ENTERED, by_hand, drawn, entering, picture_for, with_reference
 
 TAKING_REFERENCES = ("flux", "qwen_image", "flux2", "z_image", "krea2")
 REFERENCES = [base for base in TAKING_REFERENCES if base in BASES]
@@ -19,11 +19,6 @@ REFERENCES = [base for base in TAKING_REFERENCES if base in BASES]
 @pytest.fixture(scope="module", params=BASES)
 def base(request) -> str:
     return request.param
-
-
-@pytest.fixture(scope="module")
-def controlnext(pack, base):
-    return new_controlnext(pack, base)
 
 
 @pytest.mark.versions
