@@ -2,6 +2,9 @@
 
 import cv2
 import numpy as np
+import torch
+
+from .sizes import as_bytes, as_rgb
 
 
 def auto_thresholds(gray: np.ndarray) -> tuple[int, int]:
@@ -23,3 +26,9 @@ def canny(rgb: np.ndarray, thresholds: tuple[int, int] | None = None) -> np.ndar
     gray = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     low, high = auto_thresholds(gray) if thresholds is None else thresholds
     return cv2.cvtColor(cv2.Canny(gray, low, high), cv2.COLOR_GRAY2RGB)
+
+
+def edges(images: torch.Tensor, thresholds: tuple[int, int] | None = None) -> torch.Tensor:
+    """``canny`` of images (N, H, W, C) in [0, 1], one by one: (N, H, W, 3), 0 or 1, float32 on the host."""
+    found = [canny(picture, thresholds) for picture in as_bytes(as_rgb(images))]
+    return torch.from_numpy(np.stack(found)).float() / 255

@@ -1,6 +1,12 @@
 """Small rules for the channels, sizes and parts of control images, as the reference pipelines have them."""
 
+import numpy as np
 import torch
+
+
+def as_bytes(images: torch.Tensor) -> np.ndarray:
+    """Images of any shape in [0, 1] as uint8, on the host; values beyond are clamped."""
+    return (255 * images).round().clamp(0, 255).byte().cpu().contiguous().numpy()
 
 
 def as_rgb(image: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,9 @@
 """ControlNeXt Canny."""
 
-import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..controlnext_core.canny import canny
-from ..controlnext_core.sizes import as_rgb
+from ..controlnext_core.canny import edges
 from .inputs import checked_inputs
 from .runtime.images import checked_image
 
@@ -41,6 +39,4 @@ class ControlNeXtCanny(io.ComfyNode):
         if not torch.isfinite(checked_image(image)).all():
             raise ValueError("image: the picture holds NaN or infinite values; check the node that made it.")
         thresholds = None if threshold == "auto" else (low_threshold, high_threshold)
-        pictures = (as_rgb(image).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        edges = np.stack([canny(np.ascontiguousarray(picture), thresholds) for picture in pictures])
-        return io.NodeOutput(torch.from_numpy(edges).float() / 255)
+        return io.NodeOutput(edges(image, thresholds))

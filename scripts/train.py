@@ -158,7 +158,7 @@ def main() -> None:
     try:
         run(content, own == 0)
     except (RuntimeError, ValueError) as error:
-        if own == 0 or count == 1:
+        if own == 0:
             print(f"Error: {error}", file=sys.stderr, flush=True)
         # ended at once: torch's own end would wait for processes that are gone
         os._exit(1)

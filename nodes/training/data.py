@@ -1,6 +1,6 @@
 """The samples of a training, row by row; here those of ComfyUI's dataset nodes: lists of latents and images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import comfy.conds
@@ -63,8 +63,8 @@ class Data:
     def sample(self, row: int) -> Sample:
         raise NotImplementedError
 
-    def read_ahead(self, rows: Sequence[int]) -> None:
-        """Begin to read samples that will be asked for next, where reading takes time."""
+    def read_ahead(self, next_rows: Callable[[], Sequence[int]]) -> None:
+        """Begin to read the samples that will be asked for next, where reading takes time."""
 
     def sample_for(self, images: torch.Tensor | None, caption: list | None) -> Sample:
         """A sample of no picture, to sample one under these control images and this caption; None takes the first's.

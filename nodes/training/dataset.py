@@ -13,9 +13,10 @@ import comfy.utils
 import torch
 
 from ...controlnext_core.bases import BASES
-from ...controlnext_core.canny import canny
+from ...controlnext_core.canny import edges
 from ...controlnext_core.ranks import Ranks
 from ...controlnext_core.sentences import quoted
+from ..runtime.files import fingerprint
 from ..runtime.resolve import base_of_model, model_of
 from .data import Data, Sample, alike, check_caption
 from .encoded import Folder, as_entry, as_tensors, clip_probe, encode_text, full, half, packed, unpacked, vae_probe
@@ -25,12 +26,6 @@ NAMED = 5  # pictures that a warning names
 DEGRADED = "degraded picture"
 
 
-def edges(picture: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The edges of a picture (1, H, W, 3), as ControlNeXt Canny finds them by itself."""
-    pixels = (255 * picture[0]).round().clamp(0, 255).byte().numpy()
-    return torch.from_numpy(canny(pixels)).float()[None] / 255
-
-
 def mask(picture: torch.Tensor, threshold: float) -> torch.Tensor:
     """White where a picture (1, H, W, 3) is as bright as ``threshold`` or brighter, black elsewhere."""
     return (picture.mean(-1, keepdim=True) >= threshold).float().expand_as(picture)
@@ -38,7 +33,7 @@ def mask(picture: torch.Tensor, threshold: float) -> torch.Tensor:
 
 # what is made of a picture and a threshold where there is no folder of control images
 CONTROLS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "canny": edges, "mask": mask, DEGRADED: lambda picture, threshold: picture}
+    "canny": lambda picture, threshold: edges(picture), "mask": mask, DEGRADED: lambda picture, threshold: picture}
 
 
 @dataclass(frozen=True)
@@ -109,6 +104,9 @@ class LeftOut:
     def add(self, picture: Picture, reason: str) -> None:
         self.reasons[picture.name] = reason
 
+    def add_unreadable(self, picture: Picture, error: Exception) -> None:
+        self.add(picture, f"cannot be read: {str(error) or type(error).__name__}")
+
     def __str__(self) -> str:
         named = [f"{quoted(name)} ({reason})" for name, reason in list(self.reasons.items())[:NAMED]]
         more = len(self.reasons) - len(named)
@@ -145,7 +143,7 @@ def encode(settings: DataSettings, vae, clip, cache: str, ranks: Ranks) -> tuple
         try:
             tensors = _parts_of(one, settings)
         except Exception as error:  # whatever a file's bytes make of Pillow
-            left_out.add(one.picture, f"cannot be read: {str(error) or type(error).__name__}")
+            left_out.add_unreadable(one.picture, error)
             continue
         latent = vae.encode(tensors.pop("pixels"))
         if "weight" in tensors:
@@ -179,12 +177,14 @@ def plan(settings: DataSettings, vae_name: str, left_out: LeftOut) -> list[Plann
         try:
             size = bucket_size(*size_of(picture.path), settings.size, settings.buckets)
         except Exception as error:  # whatever a file's bytes make of Pillow
-            left_out.add(picture, f"cannot be read: {str(error) or type(error).__name__}")
+            left_out.add_unreadable(picture, error)
             continue
         control, weight = (others.get(kind, {}).get(picture.name) for kind in folders)
         made = None if control else (settings.control, settings.threshold)
-        stats = [path and _stat(path) for path in (picture.path, control, weight)]
-        planned.append(Planned(picture, _digest(vae_name, picture.name, stats, size, made), size, control, weight))
+        stats = [os.stat(path) for path in (picture.path, control, weight) if path]
+        states = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        name = _digest(vae_name, picture.name, states, bool(control), bool(weight), size, made)
+        planned.append(Planned(picture, name, size, control, weight))
     return planned
 
 
@@ -210,16 +210,7 @@ def changes_of(*folders: str | None) -> str:
     """Another text when a file in these folders is another one."""
     walks = [walk for folder in folders if folder for walk in os.walk(folder)]
     paths = sorted(os.path.join(parent, name) for parent, _, names in walks for name in names)
-    return _digest([(path, _stat(path)) for path in paths])
-
-
-def _stat(path: str) -> tuple[int, int]:
-    """(bytes, time of the last change) of a file."""
-    try:
-        stat = os.stat(path)
-    except OSError:  # a link that leads nowhere
-        return 0, 0
-    return stat.st_size, stat.st_mtime_ns
+    return fingerprint(*filter(os.path.exists, paths))  # a link that leads nowhere counts for nothing
 
 
 def _digest(*values) -> str:
@@ -275,8 +266,8 @@ class FolderData(Data):
     def latent_shape(self, row: int) -> tuple[int, ...]:
         return self._shapes[self.dataset.rows[row].size]
 
-    def read_ahead(self, rows: Sequence[int]) -> None:
-        wanted = set(rows)
+    def read_ahead(self, next_rows: Callable[[], Sequence[int]]) -> None:
+        wanted = set(next_rows())
         self._coming = self._reader.submit(lambda: {row: self._read(row) for row in wanted})
 
     def sample(self, row: int) -> Sample:

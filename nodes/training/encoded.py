@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ...controlnext_core.sentences import quoted
+from ...controlnext_core.sizes import as_bytes
 from ..runtime.files import unshared, write_whole
 
 ENDING = ".safetensors"
@@ -85,7 +86,7 @@ class Folder:
         """
         probe, count = probe.float().cpu(), 0
         while self.has("encoders", f"{kind}_{count}"):
-            known = load_file(self.file("encoders", f"{kind}_{count}"))["probe"]
+            known = self.read("encoders", f"{kind}_{count}")[0]["probe"]
             if known.shape == probe.shape and (known - probe).norm() <= SAME_ENCODER * known.norm():
                 return f"{kind}_{count}"
             count += 1
@@ -130,7 +131,7 @@ def as_entry(tensors: dict[str, torch.Tensor], extras: dict) -> list:
 
 def packed(image: torch.Tensor) -> torch.Tensor:
     """An image (1, H, W, 3) in [0, 1] as the bytes of a PNG, (N,) uint8; exact for images of 8 bits."""
-    pixels = (255 * image[0]).round().clamp(0, 255).byte().cpu().numpy()
+    pixels = as_bytes(image[0])
     _, data = cv2.imencode(".png", np.ascontiguousarray(pixels[..., ::-1]))
     return torch.from_numpy(data.flatten())
 

@@ -18,6 +18,7 @@ from ...controlnext_core.losses import draw_levels, draw_sigmas, prediction_loss
 from ...controlnext_core.ranks import Ranks
 from ...controlnext_core.release_files import with_scale
 from ...controlnext_core.sentences import quoted
+from ...controlnext_core.sizes import as_bytes
 from ...controlnext_core.training import Training, draw_rows, drop_captions
 from ...controlnext_core.unet_keys import targets_of
 from ...controlnext_core.unet_weights import match_weights
@@ -210,7 +211,7 @@ class Session:
         conds = self._conds(drawn.rows, drawn.dropped)
         counts = self.data.batch_weights(drawn.rows)
         counts = None if counts is None else counts.to(self.device)
-        self._read_ahead()
+        self.data.read_ahead(self._next_rows)
 
         noise = drawn.noise.to(self.device)
         x = self.sampling.noise_scaling(drawn.sigma, noise, latents)
@@ -237,13 +238,13 @@ class Session:
         seed = int(torch.randint(2 ** 62, (), generator=generator)) if self._wears else 0
         return Drawn(rows, sigma, noise, dropped, seed)
 
-    def _read_ahead(self) -> None:
-        """Have the samples of this rank's next batch read while the denoiser runs."""
+    def _next_rows(self) -> list[int]:
+        """The rows that this rank's next batch will draw."""
         generator = torch.Generator()
         generator.set_state(self.training.generator.get_state())
         for _ in range(self.ranks.count - 1):
             self._draw(generator)
-        self.data.read_ahead(draw_rows(self._buckets, self.settings.batch_size, generator))
+        return draw_rows(self._buckets, self.settings.batch_size, generator)
 
     def _draw_sigmas(self, rows: int, generator: torch.Generator) -> torch.Tensor:
         """The noise level of each sample of a batch, (rows,)."""
@@ -296,8 +297,8 @@ class Session:
             return images
         generator = torch.Generator().manual_seed(seed)
         height, width = images.shape[-2:]
-        pixels = (255 * images.movedim(1, -1)).round().clamp(0, 255).byte().cpu().contiguous().numpy()
-        small = [torch.from_numpy(degraded(picture, generator))[None].movedim(-1, 1) / 255 for picture in pixels]
+        small = [torch.from_numpy(degraded(picture, generator))[None].movedim(-1, 1) / 255
+                 for picture in as_bytes(images.movedim(1, -1))]
         return torch.cat([comfy.utils.common_upscale(one, width, height, RESIZING, "disabled") for one in small])
 
     def denoise_without_student(self, *args) -> torch.Tensor:
