@@ -214,10 +214,10 @@ class ControlNeXtTrain(io.ComfyNode):
             try:
                 write_kept(path, session.state())
             except ValueError as error:
-                return f"not kept; {error}"
+                return f"not saved; {error}"
             except Exception as error:  # a device that failed, host memory that ran out
-                return f"not kept ({type(error).__name__}: {error})."
-            return f"kept in output/{FOLDER}; to go on, press R and choose {name_of(path)} in resume_from."
+                return f"not saved ({type(error).__name__}: {error})."
+            return f"saved in output/{FOLDER}; to go on, press R and choose {name_of(path)} in resume_from."
 
         try:
             with session, log, tqdm(total=steps, initial=first, desc="Train ControlNeXt",

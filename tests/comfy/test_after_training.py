@@ -245,7 +245,7 @@ def test_one_failed_save_of_many_is_told_and_the_training_goes_on(train, monkeyp
     monkeypatch.setattr(torch, "save", fail_once)
     name = type(error).__name__.lower()
     assert train(new_model("sd15"), steps=3, save_every=1, filename_prefix=name)[2] == 3
-    assert f"step 2 is not kept ({type(error).__name__}: {error})" in caplog.text
+    assert f"step 2 is not saved ({type(error).__name__}: {error})" in caplog.text
     assert sorted(path.stem[-6:] for path in KEPT.glob(f"{name}_*.pt")) == ["step_1", "step_3"]
 
 
