@@ -194,7 +194,7 @@ def tell_never_taken(control: Control, model: RunningModel, run: Run | None) -> 
              else "Apply ControlNeXt instead of ControlNeXt to ControlNet")
     culprit = own_way_of(model, run.model_options if run else {}) or "another node"
     text = (f"control at {control.resolved.place_name} was ready, but nothing took it, so this picture is drawn "
-            fX
+            f"without it: {culprit} probably calls the denoiser in its own way. Set inject_at to another place, use "
             f"{other}, or leave that node out.")
     logging.warning("ControlNeXt: %s", text)
     send_text(control.settings.node_id, text)
