@@ -278,7 +278,8 @@ def test_what_ended_a_training_is_told_also_when_the_disk_refuses_to_keep_it(tra
     with full_disk(100_000), pytest.raises(RuntimeError, match="^the original reason$"):
         train(unet)
     hook.remove()
-    assert re.search(r"stopped after step 1 of 6 and not saved; .* could not be written \(File too large\)", caplog.text)
+    assert re.search(r"stopped after step 1 of 6 and not saved; .* could not be written \(File too large\)",
+                     caplog.text)
 
 
 def test_checkpointing_saving_and_previews_change_nothing(train, unet, monkeypatch):
