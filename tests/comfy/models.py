@@ -62,6 +62,11 @@ TRANSFORMERS = {  # with real heads
     "ltxv": (comfy.supported_models.LTXV, dict(
         image_model="ltxv", in_channels=128, cross_attention_dim=128, attention_head_dim=128, num_attention_heads=1,
         caption_channels=40, num_layers=3)),
+    "ltx2": (comfy.supported_models.LTXAV, dict(
+        image_model="ltxav", in_channels=128, cross_attention_dim=128, audio_cross_attention_dim=64,
+        attention_head_dim=128, num_attention_heads=1, audio_attention_head_dim=64, audio_num_attention_heads=1,
+        caption_channels=40, num_layers=3, connector_attention_head_dim=40, connector_num_attention_heads=1,
+        connector_num_layers=1, rope_type="split", use_middle_indices_grid=True, causal_temporal_positioning=True)),
     "flux2": (comfy.supported_models.Flux2, dict(
         image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=40, hidden_size=128,
         mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=1, axes_dim=[32, 32, 32, 32], txt_ids_dims=[3],
