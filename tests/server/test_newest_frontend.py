@@ -16,6 +16,7 @@ from test_browser import (  # noqa: F401
 )
 from test_text_on_nodes import (  # noqa: F401
     test_an_interrupted_training_leaves_on_the_node_where_to_go_on_from,
+    test_what_was_loaded_stays_on_the_node_when_another_node_fails,
     test_what_was_loaded_stays_on_the_node_when_the_job_ends_and_when_the_page_is_reloaded,
 )
 

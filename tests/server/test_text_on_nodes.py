@@ -19,6 +19,10 @@ READ = """id => {  // the text on a node where it is seen in full
     return element?.offsetHeight && element.scrollHeight <= element.clientHeight ? element.innerText : ''
 }"""
 SHOW = "id => { app.canvas.ds.scale = 1; app.canvas.centerOnNode(app.graph.getNodeById(id)) }"
+FAILED = """async () => {
+    const [last] = Object.values(await (await fetch('/history?max_items=1')).json())
+    return last?.status.status_str == 'error'
+}"""
 IDLE = """async () => {
     const {queue_running, queue_pending} = await (await fetch('/queue')).json()
     return !queue_running.length && !queue_pending.length
@@ -60,6 +64,19 @@ def test_what_was_loaded_stays_on_the_node_when_the_job_ends_and_when_the_page_i
     page.wait_for_timeout(1000)
     assert wait_for_text(page, "load", LOADED) == LOADED
     assert reload(page, "load", LOADED) == LOADED
+
+
+def test_what_was_loaded_stays_on_the_node_when_another_node_fails(url, page):
+    post(f"{url}/free", {"free_memory": True})
+    run(page, {
+        "load": {"class_type": "ControlNeXtLoader",
+                 "inputs": {"controlnext_name": stand_in.CONTROLNEXT, "variant": "sd15"}},
+        "fail": {"class_type": "ControlNeXtSave",
+                 "inputs": {"controlnext": ["load", 0], "filename_prefix": "../outside"}}})
+    page.wait_for_function(FAILED)
+    page.wait_for_timeout(1000)
+    assert wait_for_text(page, "load", LOADED) == LOADED
+    page.keyboard.press("Escape")  # older frontends tell it in a dialog
 
 
 def test_an_interrupted_training_leaves_on_the_node_where_to_go_on_from(url, page, pictures):
