@@ -263,7 +263,8 @@ def flops_of(step: Step, places_of: Callable, steps: int) -> dict:
 
     Args:
         places_of: the pack's.
-        steps: number of the first run's steps, over which its image part is spread; a video's image parts are not kept.
+        steps: number of the first run's steps, over which is spread what it computes once: all of a module without
+            time, else the image part, but for a video, whose image parts are not kept.
     """
     import torch
 
@@ -283,10 +284,15 @@ def flops_of(step: Step, places_of: Callable, steps: int) -> dict:
     timestep_part, _ = count(module.timestep_part, part, timesteps, size if family.pool_first else None)
     unpooled, _ = count(module.timestep_part, part, timesteps)
 
+    if not module.timed:
+        first = (image_part + timestep_part) / steps
+    else:
+        first = timestep_part + image_part / (1 if images > 1 else steps)
+
     frames = step.latent.shape[2] if step.latent.ndim == 5 else len(step.latent)
     return {"denoiser": step.halves * half, "image_part": image_part, "timestep_part": timestep_part,
             "reference": step.halves * (image_part + unpooled),
-            "first": timestep_part + image_part / (1 if images > 1 else steps),
+            "first": first,
             "natives": {name: step.halves * flops for name, flops in nets.items()},
             "kept_bytes": frames * place.channels * size[0] * size[1] * 2}
 

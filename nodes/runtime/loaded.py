@@ -83,8 +83,9 @@ class LoadedModule:
             cache.free_device()
 
     def image_parts_stay(self, images: int, pixels: int, dtype: torch.dtype) -> bool:
-        """Whether the image parts of so many images of so many pixels are kept while a sampling runs."""
-        return images * self.patcher.model.image_part_numbers(pixels) * dtype.itemsize <= self.image_parts.limit
+        """Whether the image parts of so many images of so many pixels are kept while a sampling runs, for its steps."""
+        module = self.patcher.model
+        return module.timed and images * module.image_part_numbers(pixels) * dtype.itemsize <= self.image_parts.limit
 
     def memory(self, images: int, pixels: int, positions: int, stem_pool: bool, dtype: torch.dtype,
                frames: int | None = None) -> tuple[int, int]:
