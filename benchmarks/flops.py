@@ -40,6 +40,8 @@ class Released:
         text: text tokens.
         net: numbers of blocks of the control network that ComfyUI runs for it, that was released with it, if any was.
         channels: of what it denoises, with what stands beside it.
+        sound: shape of the latents of a sound that it denoises as well.
+        texts: prompts that stand side by side in a text token, for LTX-2's two streams one each.
         inputs: others that it takes: shapes, or values.
     """
 
@@ -53,6 +55,8 @@ class Released:
     height: int = 1024
     images: int = 1
     channels: int = 16
+    sound: tuple = ()
+    texts: int = 1
     inputs: dict = field(default_factory=dict)
 
 
@@ -92,6 +96,11 @@ TRANSFORMERS = (
     Released(name="AuraFlow", base="auraflow", halves=2, text=256, channels=4,
              changes=dict(dim=3072, n_layers=36, n_heads=12, global_conddim=3072, cond_seq_dim=2048, n_double_layers=4,
                           max_seq=64 ** 2)),
+    Released(name="LTX-2 19B", base="ltx2", halves=2, text=1024, texts=2,
+             changes=dict(attention_head_dim=128, num_attention_heads=32, audio_attention_head_dim=64,
+                          audio_num_attention_heads=32, cross_attention_dim=4096, audio_cross_attention_dim=2048,
+                          num_layers=48, caption_channels=3840),
+             width=832, height=480, images=121, channels=128, sound=(8, 121, 16)),  # of 121 frames, 25 a second
 )
 
 
@@ -189,14 +198,15 @@ def transformer_step(one: Released, images_a_frame: Callable) -> Step:
               if model.latent_format.latent_dimensions == 3 else ())
     latent = empty(1, one.channels, *frames, one.height // ratio, one.width // ratio, dtype="bfloat16")
     text_width = next(config[name] for name in sampling.CONTEXT_WIDTHS if name in config) * config.get("txtlayers", 1)
-    context = empty(1, one.text, text_width, dtype="bfloat16")
+    context = empty(1, one.text, text_width * one.texts, dtype="bfloat16")
+    x = [latent, empty(1, *one.sound, dtype="bfloat16")] if one.sound else latent
     inputs = {name: empty(1, *value, dtype="bfloat16") if isinstance(value, tuple) else value
               for name, value in one.inputs.items()}
     with torch.device("meta"):
         natives = {"": NETS[one.base]({**config, **one.net}, latent, context, inputs)} if one.net else {}
 
     def denoise():
-        return model.diffusion_model(latent, empty(1, dtype="float32"), context=context, transformer_options={},
+        return model.diffusion_model(x, empty(1, dtype="float32"), context=context, transformer_options={},
                                      **inputs)
 
     return Step(one.name, one.base, model, denoise, latent=latent,

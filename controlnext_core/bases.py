@@ -67,6 +67,9 @@ BASES = {
         Base("auraflow", "AuraFlow", r"^(joint_transformer_blocks\.\d|single_transformer_blocks\.[0-5])\.attn\.to_out",
              ("double_layers.", "single_layers.", "joint_transformer_blocks."),
              shared=("single_transformer_blocks.", ".attn.")),
+        Base("ltx2", "LTX-2", r"^transformer_blocks\.\d\.attn1\.to_out",
+             (".audio_attn", "audio_patchify_proj.", "audio_proj_in."),
+             shared=("caption_projection.", "patchify_proj.")),
     )
 }
 

@@ -70,7 +70,7 @@ class Family:
 # as the tokens and cost a quarter
 _TRANSFORMERS = [Family(base, base, "light", "tokens", pool_first=True, eps=1e-12, stem_pool=True, released=False, timed=False)
                  for base in ("sd3", "flux", "chroma", "qwen_image", "flux2", "z_image", "wan",
-                              "hunyuan_video15", "ltxv", "krea2", "anima", "auraflow")]
+                              "hunyuan_video15", "ltxv", "krea2", "anima", "auraflow", "ltx2")]
 FAMILIES = {
     family.name: family
     for family in (

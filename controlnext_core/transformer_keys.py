@@ -21,11 +21,13 @@ class Names:
         top: {ComfyUI's: diffusers'} outside of the blocks.
         blocks: {ComfyUI's list of blocks: (diffusers', {ComfyUI's layer: diffusers' layers})}.
         exchanged: layers of ``top`` whose tensors have their halves the other way round.
+        tables: {ComfyUI's: diffusers'} tensors of a block that are in none of its layers.
     """
 
     top: Mapping[str, str] = field(default_factory=dict)
     blocks: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = field(default_factory=dict)
     exchanged: tuple[str, ...] = ()
+    tables: Mapping[str, str] = field(default_factory=dict)
 
 
 def _joined(attention: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -82,7 +84,24 @@ _KREA2_BLOCK = {
     "mlp.gate": ("ff.gate",), "mlp.up": ("ff.up",), "mlp.down": ("ff.down",), "prenorm": ("norm1",),
     "postnorm": ("norm2",),
 }
-_LTXV_NORMS = {"q_norm": ("norm_q",), "k_norm": ("norm_k",)}
+_LTX_TIME = {name: name for name in ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")}
+_LTX_NORMS = {"q_norm": ("norm_q",), "k_norm": ("norm_k",)}
+_LTX = Names({
+    "patchify_proj": "proj_in", "audio_patchify_proj": "audio_proj_in",
+    **_under("adaln_single", "time_embed", _LTX_TIME), **_under("audio_adaln_single", "audio_time_embed", _LTX_TIME),
+    **_under("prompt_adaln_single", "prompt_adaln", _LTX_TIME),
+    **_under("audio_prompt_adaln_single", "audio_prompt_adaln", _LTX_TIME),
+    **_under("av_ca_video_scale_shift_adaln_single", "av_cross_attn_video_scale_shift", _LTX_TIME),
+    **_under("av_ca_audio_scale_shift_adaln_single", "av_cross_attn_audio_scale_shift", _LTX_TIME),
+    **_under("av_ca_a2v_gate_adaln_single", "av_cross_attn_video_a2v_gate", _LTX_TIME),
+    **_under("av_ca_v2a_gate_adaln_single", "av_cross_attn_audio_v2a_gate", _LTX_TIME),
+}, {"transformer_blocks": ("transformer_blocks", {
+    **_all_under("attn1", "attn1", _LTX_NORMS), **_all_under("audio_attn1", "audio_attn1", _LTX_NORMS),
+    **_all_under("attn2", "attn2", _LTX_NORMS), **_all_under("audio_attn2", "audio_attn2", _LTX_NORMS),
+    **_all_under("audio_to_video_attn", "audio_to_video_attn", _LTX_NORMS),
+    **_all_under("video_to_audio_attn", "video_to_audio_attn", _LTX_NORMS),
+})}, tables={"scale_shift_table_a2v_ca_video": "video_a2v_cross_attn_scale_shift_table",
+             "scale_shift_table_a2v_ca_audio": "audio_a2v_cross_attn_scale_shift_table"})
 _FLUX = Names(_FLUX_TOP, {
     "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
     "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
@@ -147,12 +166,7 @@ TRANSFORMERS = {
             "self_attn.qkv": _joined("attn", _QKV), "self_attn.proj": ("attn.to_out.0",),
             "mlp.0": ("ff.net.0.proj",), "mlp.2": ("ff.net.2",), "adaLN_modulation.1": ("norm_out.linear",)}),
         }, ("final_layer.adaLN_modulation.1",)),
-    "ltxv": Names({
-        "patchify_proj": "proj_in", "adaln_single.linear": "time_embed.linear",
-        **_under("adaln_single.emb.timestep_embedder", "time_embed.emb.timestep_embedder",
-                 {"linear_1": "linear_1", "linear_2": "linear_2"}),
-    }, {"transformer_blocks": ("transformer_blocks", {
-        **_all_under("attn1", "attn1", _LTXV_NORMS), **_all_under("attn2", "attn2", _LTXV_NORMS)})}),
+    "ltxv": _LTX,
     "krea2": Names({
         "first": "img_in", "tmlp.0": "time_embed.linear_1", "tmlp.2": "time_embed.linear_2", "tproj.1": "time_mod_proj",
         "txtfusion.projector": "text_fusion.projector",
@@ -186,6 +200,7 @@ TRANSFORMERS = {
             "modCX.1": ("norm1.linear",), "attn.w1q": ("attn.to_q",), "attn.w1k": ("attn.to_k",),
             "attn.w1v": ("attn.to_v",), "attn.w1o": ("attn.to_out.0",), **_all_under("mlp", "ff", _AURAFLOW_MLP)}),
         }, ("modF.1",)),
+    "ltx2": _LTX,
 }
 
 
@@ -201,7 +216,7 @@ def transformer_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
 
     for key, shape in shapes.items() if names else ():
         path, _, tensor = key.rpartition(".")
-        end = "weight" if tensor == "scale" else tensor  # of norms, in older versions of ComfyUI
+        end = "weight" if tensor == "scale" else names.tables.get(tensor, tensor)  # scale: in older versions of ComfyUI
         exchanged = path in names.exchanged
         theirs = [f"{names.top.get(path, path)}.{end}"] if path else [names.top.get(key, key)]
 

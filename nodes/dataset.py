@@ -23,35 +23,36 @@ class ControlNeXtDataset(io.ComfyNode):
             node_id="ControlNeXtDataset",
             display_name="ControlNeXt Dataset",
             category="ControlNeXt",
-            description="A folder of pictures with captions, of any size, to train a ControlNeXt on. Pictures are "
-                        "encoded once and read back when a training needs them.",
+            description="A folder with any number of pictures and captions, to train a ControlNeXt on. Pictures are "
+                        "encoded once and read from disk when the training needs them.",
             search_aliases=["controlnext dataset", "training dataset", "dataset from folder", "load training images"],
             inputs=[
                 io.Combo.Input("folder", options=folders,
-                               tooltip="The folder in ComfyUI's input folder with the pictures; a caption is the text "
-                                       "of the .txt file of the same name. Pictures in a folder in it that is called "
-                                       "10_name count ten times."),
+                               tooltip="The folder with the pictures, inside ComfyUI's input folder. The caption of "
+                                       "a picture is the text of the .txt file of the same name. In a subfolder "
+                                       "called 10_name each picture counts ten times."),
                 io.Vae.Input("vae", tooltip="The MODEL's VAE."),
                 io.Clip.Input("clip", tooltip="The MODEL's CLIP."),
                 io.Int.Input("size", default=DataSettings.size, min=64, max=4096, step=16,
-                             tooltip="Side of a square with as many pixels as each picture is brought to: 512 for "
-                                     "SD1.5, 1024 for SDXL and later models."),
+                             tooltip="Each picture is resized to about as many pixels as a square of this side has: "
+                                     "512 for SD1.5, 1024 for SDXL and later models."),
                 io.Boolean.Input("buckets", default=DataSettings.buckets,
-                                 tooltip="Keeps the shape of each picture, cut a little so that few sizes come up. "
-                                         "Off, all are cut to squares."),
+                                 tooltip="Keeps the shape of each picture and cuts it only a little, so that there "
+                                         "are few different sizes. If off, all pictures are cut to squares."),
                 io.Combo.Input("control", options=list(CONTROLS), default=DataSettings.control,
-                               tooltip="The control image that is made of each picture, where control_folder is none: "
-                                       "its edges; white where it is brighter than mask_threshold; or, for "
-                                       "super-resolution, a small worn copy, drawn anew each time."),
+                               tooltip="The control image to make from each picture if control_folder is none. "
+                                       "canny: its edges. mask: white where it is at least mask_threshold bright. "
+                                       "degraded picture: for super-resolution, a smaller, degraded copy, made anew "
+                                       "each time."),
                 io.Float.Input("mask_threshold", default=DataSettings.threshold, min=0.0, max=1.0, step=0.01,
-                               tooltip="Brightness from which on a mask is white."),
+                               tooltip="The mask is white where the picture is at least this bright."),
                 io.Combo.Input("control_folder", options=[NONE, *folders], default=NONE, optional=True,
-                               tooltip="A folder in ComfyUI's input folder with a control image for each picture, of "
-                                       "the same name: depth, poses, whatever you made."),
+                               tooltip="A folder inside ComfyUI's input folder with a control image of the same name "
+                                       "for each picture: depth, poses, anything you made."),
                 io.Combo.Input("weights_folder", options=[NONE, *folders], default=NONE, optional=True, advanced=True,
-                               tooltip="A folder with a gray picture of the same name for each picture: how much each "
-                                       "part of it counts in the loss. Hands, for example, are white and the rest is "
-                                       "gray."),
+                               tooltip="A folder with a gray picture of the same name for each picture. It says how "
+                                       "much each part counts in the loss: hands white and the rest gray, for "
+                                       "example."),
             ],
             outputs=[DatasetType.Output(display_name="dataset", tooltip="For Train ControlNeXt.")],
             hidden=[io.Hidden.unique_id],

@@ -64,8 +64,8 @@ def resize_input(auto: str) -> io.Input:
     """The input for ``Settings.resize``, which knows no auto."""
     return io.Combo.Input(
         "resize", options=["auto", *RESIZES], default="auto", optional=True, advanced=True,
-        tooltip="What to do with a control image of another size than the picture. stretch: fill the picture, which "
-                "may distort. crop: fill it with the middle of the image. pad: put the whole image on black. "
+        tooltip="What to do with a control image whose size is not that of the picture. stretch: fill the picture, "
+                "which may distort. crop: fill it with the middle of the image. pad: put the whole image on black. "
                 f"auto is {auto}.")
 
 

@@ -34,7 +34,7 @@ class ControlNeXtToControlNet(io.ComfyNode):
             inputs=[
                 ControlNeXtType.Input("controlnext", tooltip="From Load ControlNeXt Model."),
                 inject_at_input(),
-                apply_to_input(", of those it is applied to"),
+                apply_to_input(", of those that Apply ControlNet gets"),
                 mask_input(),
                 window_reference_input(),
                 *inputs_over_time(),

@@ -33,16 +33,16 @@ class ControlNeXtTrain(io.ComfyNode):
             display_name="Train ControlNeXt",
             category="ControlNeXt",
             description="Trains a ControlNeXt on pictures or videos and their control images, on top of a MODEL that "
-                        "stays as it is. Interrupting it keeps what was trained.",
+                        "stays as it is. If you interrupt it, what was trained is saved.",
             search_aliases=["controlnext", "train controlnet", "train control", "training"],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The MODEL to train for, of any base that ControlNeXt steers; it is "
-                                                "not changed."),
+                io.Model.Input("model", tooltip="The MODEL to train for, of any base that ControlNeXt supports; it "
+                                                "is not changed."),
                 io.Latent.Input("latents", optional=True,
                                 tooltip="The pictures, from Make Training Dataset, Resolution Bucket or VAE Encode. "
-                                        "Videos for SVD and, if you like, Wan and its like: each one whole, its frames "
-                                        "from VAE Encode."),
+                                        "For SVD and, if you like, Wan and other video models, videos: one LATENT "
+                                        "for each, with all its frames, from VAE Encode."),
                 io.Conditioning.Input("conditioning", optional=True,
                                       tooltip="The captions, from the same node as the latents: one for each picture "
                                               "or each LATENT, or one for all. For SVD, the positive of "
@@ -51,12 +51,12 @@ class ControlNeXtTrain(io.ComfyNode):
                                tooltip="The control images: one for each picture, or each frame of a video, in the "
                                        "same order and of the same size."),
                 io.Int.Input("steps", default=TrainSettings.steps, min=1, max=1000000,
-                             tooltip="Steps in all, those of a training that is resumed included. A few hundred to a "
-                                     "few thousand."),
+                             tooltip="Total number of steps; a resumed training counts those that it has done. A few "
+                                     "hundred to a few thousand."),
                 io.Int.Input("batch_size", default=TrainSettings.batch_size, min=1, max=1024,
-                             tooltip="Pictures in a step, all of one size. A larger batch learns more steadily and "
-                                     "takes more memory. Videos of a step are computed one after the other, in the "
-                                     "memory of one."),
+                             tooltip="Pictures per step, all of one size. A larger batch learns more steadily and "
+                                     "takes more memory. The videos of a step are computed one after the other, in "
+                                     "the memory of one."),
                 io.Float.Input("learning_rate", default=TrainSettings.learning_rate, min=0.0, max=1.0, step=1e-7,
                                round=False,
                                tooltip="Learning rate of the ControlNeXt module."),
@@ -65,23 +65,23 @@ class ControlNeXtTrain(io.ComfyNode):
                                tooltip="Learning rate of the UNet weights, if they are trained."),
                 io.Combo.Input("trainable", options=["module", WITH_UNET], default=TrainSettings.trainable,
                                tooltip="module trains only the ControlNeXt module: a small file and weaker control. "
-                                       "With UNet weights, a part of the MODEL is trained along, as differences to its"
-                                       " weights: control as in the paper."),
+                                       "With UNet weights, a part of the MODEL's weights is trained too, as "
+                                       "differences: control as in the paper."),
                 io.Int.Input("seed", default=TrainSettings.seed, min=0, max=0xFFFFFFFFFFFFFFFF,
                              control_after_generate=False,
-                             tooltip="Decides the module's first weights and everything that is drawn at random in the"
-                                     " training."),
+                             tooltip="Decides the module's first weights and everything that is random in the "
+                                     "training."),
                 io.Combo.Input("training_dtype", options=list(DTYPES), default=TrainSettings.training_dtype,
-                               tooltip="The precision in which the MODEL computes. What is trained is kept in fp32. "
-                                       "Choose fp32 on a CPU."),
+                               tooltip="The precision in which the MODEL computes. The trained weights are kept in "
+                                       "fp32. Choose fp32 on a CPU."),
                 io.Boolean.Input("gradient_checkpointing", default=TrainSettings.gradient_checkpointing,
                                  tooltip="Saves much memory and takes about a third more time."),
                 io.Int.Input("save_every", default=TrainSettings.save_every, min=0, max=1000000,
-                             tooltip="Keeps the training every this many steps in output/controlnext_training, to "
-                                     "resume from. 0 keeps it only when it is interrupted."),
+                             tooltip="Saves the training every this many steps to output/controlnext_training, so "
+                                     "that it can be resumed. 0 saves it only when it is interrupted."),
                 io.Int.Input("preview_every", default=TrainSettings.preview_every, min=0, max=1000000,
-                             tooltip="Samples a preview under the first control image every this many steps. 0 samples"
-                                     " none."),
+                             tooltip="Samples a preview with the first control image every this many steps. 0 "
+                                     "samples none."),
                 io.String.Input("filename_prefix", default=TrainSettings.filename_prefix,
                                 tooltip="Name of the files in output/controlnext_training."),
                 ControlNeXtType.Input("controlnext", optional=True,
@@ -89,7 +89,7 @@ class ControlNeXtTrain(io.ComfyNode):
                                               "optimizer. Without it, a new one is trained."),
                 io.Combo.Input("resume_from", options=[NONE, *list_kept()], default=TrainSettings.resume_from,
                                optional=True,
-                               tooltip="Go on with a training that was interrupted or kept, as if it had never "
+                               tooltip="Go on with a training that was interrupted or saved, as if it had never "
                                        "stopped. Press R to see new files."),
                 io.Conditioning.Input("empty_conditioning", optional=True,
                                       tooltip="The conditioning of an empty prompt, for caption_dropout."),
@@ -99,37 +99,37 @@ class ControlNeXtTrain(io.ComfyNode):
                                        "works without a prompt. Often 0.1 to 0.2."),
                 io.Float.Input("ema", default=TrainSettings.ema, min=0.0, max=0.99999, step=0.00001, round=False,
                                optional=True, advanced=True,
-                               tooltip="Decay of a moving average of the weights, which then is the result: 0.999 for "
-                                       "thousands of steps. 0 turns it off."),
+                               tooltip="Decay of a moving average of the weights; the average is then the result. "
+                                       "0.999 suits thousands of steps. 0 turns it off."),
                 io.String.Input("unet_pattern", default=TrainSettings.unet_pattern, optional=True, advanced=True,
-                                tooltip="Which UNet weights to train: a regular expression that is searched in their "
-                                        "diffusers names. Empty chooses the base's own: to_out on SD1.5 and SD3, "
-                                        "attn2.*to_out on SDXL, to_out and to_v on SVD, to_out of the first ten blocks"
-                                        " on other transformers."),
+                                tooltip="Which UNet weights to train: a regular expression that is searched for in "
+                                        "their diffusers names. Empty uses the base's default: to_out on SD1.5 and "
+                                        "SD3, attn2.*to_out on SDXL, to_out and to_v on SVD, to_out of the first ten "
+                                        "blocks on other transformers."),
                 io.Float.Input("min_snr_gamma", default=TrainSettings.min_snr_gamma, min=0.0, max=1000.0, step=0.01,
                                round=False, optional=True, advanced=True,
                                tooltip="Min-SNR weighting: limits how much samples with little noise count in the "
                                        "loss. 5 is usual; less puts more weight on coarse structure. 0 turns it off, "
-                                       "which is the reference's loss."),
+                                       "as in the authors' code."),
                 io.Int.Input("warmup_steps", default=TrainSettings.warmup_steps, min=0, max=1000000, optional=True,
                              advanced=True,
-                             tooltip="The learning rates rise from zero over this many first steps."),
+                             tooltip="The learning rates rise from zero over this many steps at the beginning."),
                 io.Int.Input("grad_accumulation_steps", default=TrainSettings.grad_accumulation_steps, min=1, max=1024,
                              optional=True, advanced=True,
                              tooltip="Averages this many batches per step: the effect of a larger batch without its "
                                      "memory, at proportionally more time."),
                 inject_at_input("Layer at which control is added: a block of the UNet; in a transformer the image "
-                                "tokens, before the first block or after one. auto takes the layer of the connected "
-                                "CONTROLNEXT or of the kept training, and the authors' layer for a new one."),
+                                "tokens, before the first block or after one. auto uses the layer of the connected "
+                                "CONTROLNEXT or of the resumed training, and the authors' layer for a new one."),
                 io.Boolean.Input("super_resolution", default=TrainSettings.super_resolution, optional=True,
                                  advanced=True,
                                  tooltip="Trains control that restores pictures: connect the pictures themselves to "
-                                         "images. Each time a picture comes up, its control image is a copy 2 to 8 "
-                                         "times smaller, with blur, noise or JPEG drawn anew."),
+                                         "images. Each time a picture is used, its control image is a copy 2 to 8 "
+                                         "times smaller, with new random blur, noise or JPEG artifacts."),
                 io.ControlNet.Input("teacher", optional=True,
                                     tooltip="A ControlNet for this MODEL to learn from, or a T2I-Adapter or another "
-                                            "ControlNeXt. The ControlNeXt learns what the MODEL predicts under the "
-                                            "teacher with the same control images."),
+                                            "ControlNeXt. The ControlNeXt learns to change the MODEL's predictions "
+                                            "as the teacher does with the same control images."),
                 io.Float.Input("teacher_strength", default=TrainSettings.teacher_strength, min=0.0, max=10.0, step=0.01,
                                optional=True, advanced=True,
                                tooltip="Strength of the teacher's control."),
@@ -147,19 +147,19 @@ class ControlNeXtTrain(io.ComfyNode):
                                        " 0 keeps the scale at 1: the authors' code loads only such files, except those"
                                        " of the mid families."),
                 io.Image.Input("validation_image", optional=True,
-                               tooltip="Previews are sampled under this control image, one that is not trained on. "
-                                       "Without it, under the first of images."),
+                               tooltip="Previews are sampled with this control image, one that is not trained on. "
+                                       "Without it, with the first of images."),
                 io.Conditioning.Input("validation_conditioning", optional=True,
                                       tooltip="The prompt of the previews. Without it, the first caption."),
                 DatasetType.Input("dataset", optional=True,
                                   tooltip="Pictures of a folder, from ControlNeXt Dataset, instead of latents, "
-                                          "conditioning and images: as many as there are, in little memory."),
+                                          "conditioning and images: any number of them, in little memory."),
             ],
             outputs=[
                 ControlNeXtType.Output(display_name="controlnext", tooltip="For Apply ControlNeXt and Save ControlNeXt "
                                                                            "Model."),
                 io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="For Plot Loss Graph."),
-                io.Int.Output(display_name="steps", tooltip="Steps that the result was trained for."),
+                io.Int.Output(display_name="steps", tooltip="Number of steps that the result was trained for."),
                 io.Model.Output(display_name="model", tooltip="The MODEL with the trained UNet weights, to sample "
                                                               "with."),
             ],
@@ -214,10 +214,10 @@ class ControlNeXtTrain(io.ComfyNode):
             try:
                 write_kept(path, session.state())
             except ValueError as error:
-                return f"not kept; {error}"
+                return f"not saved; {error}"
             except Exception as error:  # a device that failed, host memory that ran out
-                return f"not kept ({type(error).__name__}: {error})."
-            return f"kept in output/{FOLDER}; to go on, press R and choose {name_of(path)} in resume_from."
+                return f"not saved ({type(error).__name__}: {error})."
+            return f"saved in output/{FOLDER}; to go on, press R and choose {name_of(path)} in resume_from."
 
         try:
             with session, log, tqdm(total=steps, initial=first, desc="Train ControlNeXt",

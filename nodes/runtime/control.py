@@ -157,7 +157,7 @@ class Control:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        logging.warning("ControlNeXt: memory ran out; what is kept on the device is given up, and one more try made.")
+        logging.warning("ControlNeXt: memory ran out; control frees what it keeps on the device and tries once more.")
         loaded.free_device()  # out here, where the exception's frames hold nothing any more
         comfy.model_management.soft_empty_cache()
         return loaded.features.get(key(), features, step=timestep)[0]

@@ -10,7 +10,7 @@ from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
 from comfy.patcher_extension import WrappersMP
 
 from .control import Control
-from .forward import describe
+from .forward import describe, picture_shape
 from .images import RESIZING
 from .injection import READY_KEY, enter_blocks, put_injection, ready_for
 from .resolve import FEW_BITS, Resolved, RunningModel, computes_in_few_bits, loaded_model_of, resolve
@@ -81,7 +81,8 @@ class ControlNeXtControlNet(ControlNet, InRun):
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
 
         self._run = transformer_options.get(RUN_KEY)
-        forward = describe(self.model_sampling_current, self._dtype, tuple(x_noisy.shape), t, transformer_options)
+        shape = picture_shape(x_noisy.shape, cond.get("latent_shapes"))
+        forward = describe(self.model_sampling_current, self._dtype, shape, t, transformer_options)
         pixels = tuple(side * self.compression_ratio for side in forward.size)
         if self.cond_hint is not None and tuple(self.cond_hint.shape[-2:]) == pixels:
             halves = tuple(replace(half, area=None) for half in forward.halves)

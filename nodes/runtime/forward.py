@@ -173,6 +173,16 @@ def _clamped(area, latent: tuple[int, ...]) -> tuple[tuple[int, int, int, int] |
     return (min(latent[-2] - top, height), min(latent[-1] - left, width), top, left), start[0] if start else 0
 
 
+def picture_shape(shape: Sequence[int], packed: Sequence[Sequence[int]] | None) -> tuple[int, ...]:
+    """The shape of the latents of a picture or video, with which ComfyUI may have packed those of its sound.
+
+    Args:
+        shape: of the latents as ComfyUI hands them on, (B, 1, N) where they are packed.
+        packed: ``latent_shapes``, those of what is in them, the picture first; None where ComfyUI does not tell.
+    """
+    return (shape[0], *packed[0][1:]) if packed and len(packed) > 1 else tuple(shape)
+
+
 def describe(sampling, dtype: torch.dtype, shape: tuple[int, ...], t: torch.Tensor, options: dict,
              context: torch.Tensor | None = None) -> Forward:
     """The Forward of one call of the denoiser.

@@ -119,9 +119,11 @@ class BeforeBlock:
             options = args.get("transformer_options") or {}
             if self.ready is not None:
                 options = {**options, READY_KEY: self.ready}
-            waiting = waiting_at(self.place, self.controls, options, args["img"])
+            picture, *sound = args["img"] if isinstance(args["img"], tuple) else (args["img"],)
+            waiting = waiting_at(self.place, self.controls, options, picture)
             if waiting:
-                img = add_to_tokens(args["img"], waiting, self.place.fill)
+                picture = add_to_tokens(picture, waiting, self.place.fill)
+                img = (picture, *sound) if sound else picture
                 args = {**args, "img": img, ADDED_KEY: (*args.get(ADDED_KEY, ()), self.place)}
         return extra["original_block"](args) if self.replacement is None else self.replacement(args, extra)
 

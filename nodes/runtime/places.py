@@ -13,6 +13,7 @@ from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.hunyuan_video.model import HunyuanVideo
 from comfy.ldm.kandinsky5.model import Kandinsky5
+from comfy.ldm.lightricks.av_model import LTXAVModel
 from comfy.ldm.lightricks.model import LTXVModel
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import SpatialTransformer
@@ -63,6 +64,7 @@ class Transformer:
         fill: of ``Place``, for one of this class.
         images: of ``Place``.
         adds_in_place: its blocks do, to what gradients need.
+        writes_over: its blocks do, over what they are given and what their norms took, which gradients need.
         fused: its blocks call kernels of ComfyUI's that pass no gradients.
     """
 
@@ -76,6 +78,7 @@ class Transformer:
     fill: Callable[[object], int | None] = lambda transformer: None
     images: int = 1
     adds_in_place: bool = False
+    writes_over: bool = False
     fused: bool = False
 
 
@@ -103,7 +106,9 @@ TRANSFORMERS = {
     HunyuanVideo: Transformer({comfy.model_base.HunyuanVideo15: "hunyuan_video15"}, "hidden_size", "double_blocks",
                               ("single_blocks",), images=4, adds_in_place=True),
     LTXVModel: Transformer({comfy.model_base.LTXV: "ltxv"}, "inner_dim", "transformer_blocks",
-                           patch="patchifier.patch_size", images=8, adds_in_place=True),
+                           patch="patchifier.patch_size", images=8, adds_in_place=True, writes_over=True),
+    LTXAVModel: Transformer({comfy.model_base.LTXAV: "ltx2"}, "inner_dim", "transformer_blocks",
+                            patch="patchifier.patch_size", images=8, writes_over=True),
     _patched_behind_input("krea2.model", "SingleStreamDiT"): Transformer(
         {getattr(comfy.model_base, "Krea2", None): "krea2"}, "first.out_features", "blocks", closed=True,
         patch="patch"),
@@ -193,6 +198,12 @@ def adds_in_place(denoiser) -> bool:
     """Whether a denoiser's blocks add in place to what gradients need."""
     row = _row(denoiser)
     return row is not None and row.adds_in_place
+
+
+def writes_over(denoiser) -> bool:
+    """Whether a denoiser's blocks write over what they are given, and what their norms took."""
+    row = _row(denoiser)
+    return row is not None and row.writes_over
 
 
 def is_fused(denoiser) -> bool:

@@ -11,7 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .control import Control
-from .forward import describe, note_conds, note_order, noted_in
+from .forward import describe, note_conds, note_order, noted_in, picture_shape
 from .injection import READY_KEY, enter_blocks, put_injection, ready_for, without_control
 from .memory import prepare_with
 from .messages import send_text
@@ -43,13 +43,14 @@ class Run:
         nets: those that hang on conditionings.
         guider: ComfyUI's, whose sampling it is; None for a call outside of a sampling.
         keeps: features are kept for later runs; not those of a training, whose noise levels hardly come again.
+        packed: of ``picture_shape``, for the sampling's whole latents.
     """
 
     def __init__(self, model: RunningModel, controls: Mapping[object, Control], nets: Sequence[InRun] = (),
-                 guider=None, keeps: bool = True):
+                 guider=None, keeps: bool = True, packed: Sequence[Sequence[int]] | None = None):
         self.model, self.controls, self.nets, self.guider = model, dict(controls), list(nets), guider
         self.model_options = guider.model_options if guider else {}
-        self.keeps = keeps
+        self.keeps, self.packed = keeps, packed
         self._admitted = {model.base_model}
         self._sigmas: list[torch.Tensor] = []
 
@@ -72,7 +73,7 @@ class Run:
 
     def prepare_sampling(self, executor, model, noise_shape, conds: dict, *args, **kwargs):
         """PREPARE_SAMPLING wrapper: have ComfyUI load the modules, and keep free what they need while they run."""
-        shape, dtype = tuple(noise_shape), model.model.get_dtype_inference()
+        shape, dtype = picture_shape(noise_shape, self.packed), model.model.get_dtype_inference()
         needs = [control.memory(shape, dtype) for control in self.controls.values()]
         needs += [net.memory_for(self.model, shape, dtype) for net in self.nets]
         modules = [control.loaded for control in self.controls.values()]
@@ -83,14 +84,17 @@ class Run:
 
     def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
         """PREDICT_NOISE wrapper: note the step's conds; further in, windows may hold a part of the latents only."""
-        return executor(x, timestep, note_conds(model_options or {}, self.guider.conds, tuple(x.shape)), seed)
+        return executor(x, timestep, self._note_conds(model_options or {}, x), seed)
 
     def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options: dict):
         """CALC_COND_BATCH wrapper: note the order of the conds, and the step's noise level for ``tell_never_taken``."""
         self._sigmas.append(timestep[0].detach())
         if not noted_in(model_options.get("transformer_options", {})).shape:  # some guiders ask for no wrapper before
-            model_options = note_conds(model_options, self.guider.conds, tuple(x_in.shape))
+            model_options = self._note_conds(model_options, x_in)
         return executor(model, conds, x_in, timestep, note_order(model_options, conds))
+
+    def _note_conds(self, model_options: dict, x: torch.Tensor) -> dict:
+        return note_conds(model_options, self.guider.conds, picture_shape(x.shape, self.packed))
 
     def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None,
                     **kwargs):
@@ -103,7 +107,8 @@ class Run:
         others = {name: one.control for name, one in ready.items() if one.rows != len(x)}
         controls = {**self.controls, **others}
         if controls:
-            forward = describe(base_model.model_sampling, base_model.get_dtype_inference(), tuple(x.shape), t, options,
+            shape = picture_shape(x.shape, kwargs.get("latent_shapes"))
+            forward = describe(base_model.model_sampling, base_model.get_dtype_inference(), shape, t, options,
                                c_crossattn)
             ready = {**ready, **{name: ready_for(one, forward) for name, one in controls.items()}}
             options = {**options, READY_KEY: ready}
@@ -148,7 +153,7 @@ def sample_under_control(executor, *args, **kwargs):
         return executor(*args, **kwargs)
 
     model = model_of(guider.model_patcher)
-    run = Run(model, controls_in(model, options), nets_in(guider.conds), guider)
+    run = Run(model, controls_in(model, options), nets_in(guider.conds), guider, packed=kwargs.get("latent_shapes"))
     guider.model_options = {**before, "transformer_options": run.enter(options)}
     try:
         result = executor(*args, **kwargs)
@@ -194,7 +199,7 @@ def tell_never_taken(control: Control, model: RunningModel, run: Run | None) -> 
              else "Apply ControlNeXt instead of ControlNeXt to ControlNet")
     culprit = own_way_of(model, run.model_options if run else {}) or "another node"
     text = (f"control at {control.resolved.place_name} was ready, but nothing took it, so this picture is drawn "
-            f"without it: {culprit} probably calls the denoiser in its own way. Set inject_at to another place, take "
+            f"without it: {culprit} probably calls the denoiser in its own way. Set inject_at to another place, use "
             f"{other}, or leave that node out.")
     logging.warning("ControlNeXt: %s", text)
     send_text(control.settings.node_id, text)

@@ -240,7 +240,7 @@ def conds_of(base_model, captions: Sequence[list], latents: Sequence[torch.Tenso
     conds = []
     for entry, latent in zip(captions, latents, strict=True):
         cond = comfy.samplers.encode_model_conds(base_model.extra_conds, comfy.sampler_helpers.convert_cond([entry]),
-                                                 latent, device, "positive")[0]
+                                                 latent, device, "positive", latent_shapes=[latent.shape])[0]
         conds.append({name: value.process_cond(batch_size=len(latent), area=None, device=device)
                       for name, value in cond["model_conds"].items()})
     for name, value in conds[0].items():  # others are repeated to one length
@@ -252,6 +252,9 @@ def conds_of(base_model, captions: Sequence[list], latents: Sequence[torch.Tenso
 
 
 def _check_latent(batch: torch.Tensor, images_a_frame: int, channels: int | None) -> None:
+    if batch.is_nested:
+        raise ValueError("latents: a LATENT holds a video and its sound, but control is learned from videos alone; "
+                         "connect the video of Separate AV Latent.")
     # some VAEs see a picture as a short video
     if batch.ndim != 4 and (batch.ndim != 5 or batch.shape[2] > 1 and images_a_frame == 1):
         raise ValueError("latents: latents of pictures are needed, with 4 dimensions or one frame, but these are "

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ...controlnext_core.unet_keys import Target
-from ..runtime.places import adds_in_place, blocks_of, is_fused
+from ..runtime.places import adds_in_place, blocks_of, is_fused, writes_over
 from .control import TrainingControl
 
 PREFIX = "diffusion_model."
@@ -39,10 +39,12 @@ def trainable_clone(model, control: TrainingControl, differences: dict[Target, t
 
     denoiser = clone.model.diffusion_model
     blocks = set(blocks_of(denoiser))
-    modes = [*([OutOfPlace] if adds_in_place(denoiser) else []), *([PlainKernels] if is_fused(denoiser) else [])]
+    asked = {OutOfPlace: adds_in_place, CopiesToNorms: writes_over, PlainKernels: is_fused}
+    modes = [mode for mode, needed_by in asked.items() if needed_by(denoiser)]
     for name, layer in clone.model.named_modules():
         if layer in blocks:
             forward = _in_modes(layer.forward, modes) if modes else layer.forward
+            forward = _on_copies(forward) if writes_over(denoiser) else forward
             clone.add_object_patch(f"{name}.forward", _checkpointed(forward) if checkpointing else forward)
     return clone
 
@@ -91,14 +93,18 @@ def _adder(control: TrainingControl, target: Target, difference: torch.nn.Parame
 
 
 class OutOfPlace(TorchFunctionMode):
-    """In it ``a += b`` makes another tensor: Flux's blocks add to what their norms need again for gradients.
-
-    Those of LTX-Video also write over it where that is no assignment, so the norms get copies.
-    """
+    """In it ``a += b`` makes another tensor: Flux's blocks add to what their norms need again for gradients."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.add_:  # PyTorch's name for it
             return torch.Tensor.add(*args, **(kwargs or {})).to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+class CopiesToNorms(TorchFunctionMode):
+    """In it norms get copies: LTX's blocks write over what they took where that is no assignment."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.rms_norm:
             args = args[0].clone(), *args[1:]
         return func(*args, **(kwargs or {}))
@@ -122,6 +128,14 @@ def _in_modes(forward, modes: list[type[TorchFunctionMode]]):
             for mode in modes:
                 stack.enter_context(mode())
             return forward(*args, **kwargs)
+    return run
+
+
+def _on_copies(forward):
+    """The forward of a block that writes over its tokens, which a checkpoint gives it a second time."""
+    def run(tokens, *args, **kwargs):
+        copies = tuple(one.clone() for one in tokens) if isinstance(tokens, tuple) else tokens.clone()
+        return forward(copies, *args, **kwargs)
     return run
 
 

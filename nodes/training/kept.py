@@ -83,5 +83,5 @@ def _faulty_entry(state: dict) -> str | None:
 
 
 def _not_kept(name: str, what: str) -> ValueError:
-    return ValueError(f"resume_from: {quoted(name)} is not a kept training of Train ControlNeXt, or it is damaged "
+    return ValueError(f"resume_from: {quoted(name)} is not a saved training of Train ControlNeXt, or it is damaged "
                       f"({quoted(what)}); choose another one or none.")

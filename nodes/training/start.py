@@ -17,7 +17,7 @@ from ..runtime.resolve import base_of_model, family_of, model_of
 from .control import TrainingControl
 from .settings import WITH_UNET, TrainSettings
 
-CLEAR = "clear it to train those that the reference trains"
+CLEAR = "clear it to train those that the authors' code trains"
 
 
 def start_control(model, controlnext: ControlNeXt | None, settings: TrainSettings,

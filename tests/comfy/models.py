@@ -62,6 +62,11 @@ TRANSFORMERS = {  # with real heads
     "ltxv": (comfy.supported_models.LTXV, dict(
         image_model="ltxv", in_channels=128, cross_attention_dim=128, attention_head_dim=128, num_attention_heads=1,
         caption_channels=40, num_layers=3)),
+    "ltx2": (comfy.supported_models.LTXAV, dict(
+        image_model="ltxav", in_channels=128, cross_attention_dim=128, audio_cross_attention_dim=64,
+        attention_head_dim=128, num_attention_heads=1, audio_attention_head_dim=64, audio_num_attention_heads=1,
+        caption_channels=40, num_layers=3, connector_attention_head_dim=40, connector_num_attention_heads=1,
+        connector_num_layers=1, rope_type="split", use_middle_indices_grid=True, causal_temporal_positioning=True)),
     "flux2": (comfy.supported_models.Flux2, dict(
         image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=40, hidden_size=128,
         mlp_ratio=2.0, num_heads=1, depth=3, depth_single_blocks=1, axes_dim=[32, 32, 32, 32], txt_ids_dims=[3],
@@ -103,9 +108,10 @@ def unet_model(base: str, dtype=torch.float32, device=None, kind=None, **changes
     return _patcher(model_class(config), dtype, device)
 
 
-def _patcher(model_config, dtype, device) -> comfy.model_patcher.ModelPatcher:
+def _patcher(model_config, dtype, device, loading: dict | None = None) -> comfy.model_patcher.ModelPatcher:
     # what 8 bits hold is computed in more
     model_config.set_inference_dtype(dtype, torch.float32 if dtype.itemsize == 1 else None)
+    vars(model_config).update(loading or {})
     projection = {"cc_projection.weight": torch.zeros(768, 772), "cc_projection.bias": torch.zeros(768)}  # Zero123's
     with torch.no_grad():
         model = model_config.get_model(projection, device=device)
@@ -184,23 +190,40 @@ def two_block_sd3(**changes) -> comfy.model_patcher.ModelPatcher:
     return _filled_sd3(patcher, 0)
 
 
-def transformer_model(base: str, dtype=torch.float32, device=None, **changes) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL of ComfyUI's class for ``base`` with three blocks, its weights not filled."""
+def transformer_model(base: str, dtype=torch.float32, device=None, loading: dict | None = None,
+                      **changes) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL of ComfyUI's class for ``base`` with three blocks, its weights not filled.
+
+    Args:
+        loading: what ComfyUI's loader sets of the model's configuration for weights in a form of their own.
+    """
     if base == "sd3":
         return sd3_model(dtype, device, **changes)
     model_class, config = {**TRANSFORMERS, **VARIANTS, **NO_BASES}[base]
-    return _patcher(model_class({**config, "dtype": dtype, **changes}), dtype, device)
+    return _patcher(model_class({**config, "dtype": dtype, **changes}), dtype, device, loading)
+
+
+def _with_small_adapter(base: str, patcher, dtype) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL of Anima with what reads the prompt as narrow as the rest; its class makes it in the released width."""
+    if base == "anima":
+        patcher.model.diffusion_model.llm_adapter = comfy.ldm.anima.model.LLMAdapter(
+            40, 40, 40, num_layers=1, num_heads=1, dtype=dtype, operations=comfy.ops.manual_cast)
+    return patcher
 
 
 def small_transformer(base: str, dtype=torch.float32, seed: int = 0, **changes) -> comfy.model_patcher.ModelPatcher:
     """The same with seeded random weights."""
     if base == "sd3":
         return small_sd3(dtype, seed, **changes)
-    patcher = transformer_model(base, dtype, **changes)
-    if base == "anima":  # its class makes what reads the prompt for the released width alone
-        patcher.model.diffusion_model.llm_adapter = comfy.ldm.anima.model.LLMAdapter(
-            40, 40, 40, num_layers=1, num_heads=1, dtype=dtype, operations=comfy.ops.manual_cast)
-    return _filled(patcher, seed)
+    return _filled(_with_small_adapter(base, transformer_model(base, dtype, **changes), dtype), seed)
+
+
+def small_quantised(base: str, loading: dict, weights: dict, **changes) -> comfy.model_patcher.ModelPatcher:
+    """The same with weights in 8 or fewer bits, made as ComfyUI's loader makes one whose sizes it knows."""
+    patcher = transformer_model(base, loading={"manual_cast_dtype": torch.float32, **loading}, **changes)
+    patcher = _with_small_adapter(base, patcher, torch.float32)
+    patcher.model.load_model_weights(dict(weights))
+    return patcher
 
 
 def small_unets(dtype=torch.float32) -> dict:

@@ -1,12 +1,15 @@
 """State dicts in 8 or fewer bits, as ComfyUI and others save them, and custom operations that compute with such."""
 
 import json
+from collections.abc import Set
 
 import comfy.ops
 import comfy.sd
+import comfy.utils
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
+from models import small_quantised, small_transformer
 from safetensors.torch import save_file
 from sampling import TRAINING, cond, conds, latent, picture, sample
 from trainings import train_on
@@ -20,12 +23,12 @@ def apart(ours: torch.Tensor, expected: torch.Tensor) -> float:
     return float((ours - expected).norm() / expected.norm())
 
 
-def scaled_as_it_was(weights: dict) -> tuple[dict, dict]:
-    """(state dict as ComfyUI and others saved scaled fp8 at first, the weights in it)."""
+def scaled_as_it_was(weights: dict, layers: Set[str]) -> tuple[dict, dict]:
+    """(state dict as ComfyUI and others saved scaled fp8 at first, with these keys in it, the weights in it)."""
     stored, exact = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, dict(weights)
     for key, value in weights.items():
         stored[key] = value
-        if value.ndim == 2:
+        if key in layers:
             scale = value.abs().max() / 448
             stored[key] = (value / scale).to(torch.float8_e4m3fn)
             stored[f"{key.removesuffix('.weight')}.scale_weight"] = scale
@@ -68,6 +71,11 @@ def in_levels(weight: torch.Tensor) -> torch.Tensor:
     return (weight / (weight.abs().max() / 7)).round() * (weight.abs().max() / 7)
 
 
+def all_in_levels(weights: dict, layers: Set[str]) -> dict:
+    """The weights, those of these keys as ``Packed`` computes with them."""
+    return {key: in_levels(value) if key in layers else value for key, value in weights.items()}
+
+
 class GGMLTensor(torch.Tensor):
     """As ComfyUI-GGUF's ops.py:44-88 (city96/ComfyUI-GGUF 795e451): bytes whose shape is that of the weights."""
 
@@ -106,37 +114,62 @@ def load(form: str, weights: dict, run, models_folder) -> tuple:
         model = run("UNETLoader", unet_name="base.safetensors", weight_dtype=form)
         kept = model.model.diffusion_model.state_dict()
         return model, {key: value.to(kept[key].dtype).float() for key, value in weights.items()}
+    layers = {key for key, value in weights.items() if value.ndim == 2}
     if form == "gguf":
-        options, stored = {"custom_operations": Ggml}, dict(weights)
-        exact = {key: in_levels(value) if value.ndim == 2 else value for key, value in weights.items()}
+        options, stored, exact = {"custom_operations": Ggml}, dict(weights), all_in_levels(weights, layers)
     else:
-        options, (stored, exact) = {}, scaled_as_it_was(weights) if form == "scaled fp8" else mixed(weights, form)
+        options, (stored, exact) = {}, (
+            scaled_as_it_was(weights, layers) if form == "scaled fp8" else mixed(weights, form))
     with torch.inference_mode():
         return comfy.sd.load_diffusion_model_state_dict(stored, options), exact
 
 
-def what_control_changes(model, base: str, controlnext, apply, hang) -> torch.Tensor:
-    """In a sampled latent, the same by both routes."""
+def rebuilt(form: str, base: str, **changes) -> tuple:
+    """(the small MODEL of a base, its layers' weights in a form, a MODEL of the same weights in float32).
+
+    For bases that ComfyUI's loader knows in their released width alone.
+    """
+    plain = small_transformer(base, **changes)
+    weights = plain.model.diffusion_model.state_dict()
+    layers = {f"{name}.weight" for name, layer in plain.model.diffusion_model.named_modules()
+              if isinstance(layer, torch.nn.Linear) and not name.startswith("llm_adapter.")}
+    if form == "gguf":
+        loading, stored, exact = {"custom_operations": Ggml}, weights, all_in_levels(weights, layers)
+    else:
+        stored, exact = scaled_as_it_was(weights, layers)
+        stored, _ = comfy.utils.convert_old_quants(stored)
+        loading = {"quant_config": comfy.utils.detect_layer_quantization(stored, "")}
+    with torch.inference_mode():
+        model = small_quantised(base, loading, stored, **changes)
+    kept = dict(model.model.diffusion_model.named_parameters())
+    assert all(isinstance(kept[key], QuantizedTensor) or kept[key].dtype.itemsize == 1 for key in layers)
+    plain.model.diffusion_model.load_state_dict(exact)
+    return model, plain
+
+
+def what_control_changes(model, base: str, controlnext, apply, hang, side: int = 8) -> torch.Tensor:
+    """In a sampled latent of this side, the same by both routes."""
     positive, negative = conds(model)
-    off = sample(model, positive, negative, latent(base), cfg=3.0, steps=1)
-    on = sample(apply(model, controlnext, picture()), positive, negative, latent(base), cfg=3.0, steps=1)
+    empty, options = latent(base, 1, side, side), dict(cfg=3.0, steps=1)
+    off = sample(model, positive, negative, empty, **options)
+    on = sample(apply(model, controlnext, picture()), positive, negative, empty, **options)
     hung = hang(controlnext, picture(), positive, negative)
-    assert torch.equal(on, sample(model, *hung, latent(base), cfg=3.0, steps=1))
+    assert torch.equal(on, sample(model, *hung, empty, **options))
     return on - off
 
 
-def train(run, model, shape: tuple) -> tuple:
-    """What Train ControlNeXt gives after two steps on a latent of this shape."""
+def train(run, model, shape: tuple, controlnext=None) -> tuple:
+    """What Train ControlNeXt gives after two steps on a latent of this shape, of a new control or of this one."""
     generator = torch.Generator().manual_seed(1)
     data = {"conditioning": [cond(model)], "latents": [{"samples": torch.randn(shape, generator=generator)}],
             "images": [torch.rand(1, 64, 64, 3, generator=generator)]}
     return train_on(run, model, data, TRAINING | dict(steps=2, learning_rate=1e-3, unet_learning_rate=1e-3,
-                                                      filename_prefix="quantised"))
+                                                      controlnext=controlnext, filename_prefix="quantised"))
 
 
-def assert_learns_the_same(run, quantised: tuple, shape: tuple) -> None:
+def assert_learns_the_same(run, quantised: tuple, shape: tuple, controlnext=None) -> None:
     """A training on a quantised MODEL and one on the same weights in float32."""
-    (ours, losses, *_), (expected, expected_losses, *_) = (train(run, model, shape) for model in quantised)
+    (ours, losses, *_), (expected, expected_losses, *_) = (train(run, model, shape, controlnext) for model in quantised)
     assert losses["loss"] == pytest.approx(expected_losses["loss"], rel=1e-4)
     assert ours.unet_differences.keys() == expected.unet_differences.keys()
     for name, value in ours.unet_differences.items():

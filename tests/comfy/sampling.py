@@ -1,7 +1,9 @@
 """Sampling with ComfyUI's own samplers, short enough for tests."""
 
+import comfy.nested_tensor
 import comfy.sample
 import comfy.samplers
+import comfy.utils
 import torch
 
 FAMILIES = {"sd15": "sd15", "sd15_mid": "sd15", "sdxl": "sdxl", "svd": "svd", "svd_padded": "svd", "svd_mid": "svd"}
@@ -11,7 +13,7 @@ TRAINING = dict(batch_size=1, seed=1, training_dtype="fp32", trainable="module a
 # {base: what is between batch and rows in its latents' shape}, if that is not 16 channels
 LATENTS = {"sd15": (4,), "sdxl": (4,), "svd": (4,), "qwen_image": (16, 1), "flux2": (128,), "wan": (16, 2),
            "hunyuan_video15": (32, 2), "ltxv": (128, 2), "krea2": (16, 1),
-           "anima": (16, 1), "auraflow": (4,)}
+           "anima": (16, 1), "auraflow": (4,), "ltx2": (128, 2)}
 # as the denoisers' configurations name it
 CONTEXT_WIDTHS = ("context_dim", "context_in_dim", "joint_attention_dim", "cap_feat_dim", "text_dim",
                   "caption_channels", "txtdim", "crossattn_emb_channels", "cond_seq_dim")
@@ -25,6 +27,8 @@ def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = No
     if context is None:
         tokens = 1 if config.get("use_temporal_attention") else 77
         width = next((config[name] for name in CONTEXT_WIDTHS if name in config), 4096)  # else T5's
+        # Krea 2 takes several layers of its encoder's, LTX-2 what its connectors leave for each of two streams
+        width *= 2 if config.get("image_model") == "ltxav" else config.get("txtlayers", 1)
         context = torch.randn(batch, tokens, width, generator=generator)
     if "pooled_output" not in extra and (config.get("adm_in_channels") or "vec_in_dim" in config):
         extra["pooled_output"] = torch.randn(1, config.get("vec_in_dim") or (2048 if sd3 else 1280),
@@ -37,12 +41,16 @@ def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = No
 
 
 def sample(model, positive, negative, latent, cfg: float = 1.0, steps: int = 2, sampler: str = "euler", seed: int = 5,
-           scheduler: str = "normal", **options) -> torch.Tensor:
-    """KSampler's own path: the sampled latent."""
+           scheduler: str = "normal", silent: bool = False, **options) -> torch.Tensor:
+    """KSampler's own path: the sampled latent, packed with its sound's where the model draws one, unless ``silent``."""
+    if not silent and model.model.model_config.unet_config.get("image_model") == "ltxav":
+        sound = torch.zeros(len(latent), 8, 3 * latent.shape[2], 16)
+        latent = comfy.nested_tensor.NestedTensor((latent, sound))
     noise = comfy.sample.prepare_noise(latent, seed)
     with torch.inference_mode():
-        return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, seed=seed,
-                                   disable_pbar=True, **options)
+        drawn = comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, seed=seed,
+                                    disable_pbar=True, **options)
+    return comfy.utils.pack_latents(drawn.unbind())[0] if drawn.is_nested else drawn
 
 
 def one_forward(model, positive, latent, sigma: float) -> torch.Tensor:

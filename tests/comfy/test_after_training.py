@@ -27,6 +27,7 @@ from controlnext_core.module import new_module
 KEPT = Path(folder_paths.get_output_directory()) / "controlnext_training"
 SETTINGS = TRAINING | dict(steps=2, learning_rate=1e-3, unet_learning_rate=1e-3, filename_prefix="after")
 UNETS = ("sd15", "sdxl", "svd")
+ON_OLDER = ("sd15", "flux", "wan")  # versions of ComfyUI
 
 
 def new_model(base: str):
@@ -71,8 +72,8 @@ MOVES = {"outside of inference mode": lambda model: clone_data(model),
          "under inference mode": torch.inference_mode()(clone_data)}
 
 
-@pytest.mark.versions
-@pytest.mark.parametrize("base", ["sd15", "sdxl", *TRANSFORMERS])
+@pytest.mark.parametrize("base", [pytest.param(base, marks=pytest.mark.versions if base in ON_OLDER else ())
+                                  for base in ("sd15", "sdxl", *TRANSFORMERS)])
 def test_a_model_that_a_node_loaded_is_trained_as_often_as_one_likes_wherever_its_weights_were_moved(train, base):
     with torch.inference_mode():
         model = new_model(base)
@@ -245,7 +246,7 @@ def test_one_failed_save_of_many_is_told_and_the_training_goes_on(train, monkeyp
     monkeypatch.setattr(torch, "save", fail_once)
     name = type(error).__name__.lower()
     assert train(new_model("sd15"), steps=3, save_every=1, filename_prefix=name)[2] == 3
-    assert f"step 2 is not kept ({type(error).__name__}: {error})" in caplog.text
+    assert f"step 2 is not saved ({type(error).__name__}: {error})" in caplog.text
     assert sorted(path.stem[-6:] for path in KEPT.glob(f"{name}_*.pt")) == ["step_1", "step_3"]
 
 

@@ -264,7 +264,7 @@ def test_a_kept_training_is_refused_whole_whatever_is_wrong_with_it(train, unet,
     SAMPLES[sample](state)
     if not digest:
         del state["digest"]
-    refused = r"^resume_from: mutated.pt is not a kept training of Train ControlNeXt, or it is damaged \(\w+\); "
+    refused = r"^resume_from: mutated.pt is not a saved training of Train ControlNeXt, or it is damaged \(\w+\); "
     with pytest.raises(ValueError, match=refused) as error:
         train(unet, **lists(**settings, resume_from=put(state)))
     assert_one_sentence(error.value)

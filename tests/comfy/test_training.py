@@ -261,7 +261,7 @@ def test_a_training_that_the_disk_refuses_goes_on_and_says_so(train, unet, caplo
         refused = train(unet, steps=2, save_every=1)
     assert kept_states() == before and not list((OUTPUT / "controlnext_training").glob("test*.part"))
     for step in (1, 2):
-        assert re.search(rf"step {step} is not kept; filename_prefix: test_\d+_step_{step}\.pt could not be written "
+        assert re.search(rf"step {step} is not saved; filename_prefix: test_\d+_step_{step}\.pt could not be written "
                          r"\(File too large\), .*\.\n", caplog.text)
     assert_equal(weights(refused[0]), weights(train(unet, steps=2)[0]))
 
@@ -278,7 +278,8 @@ def test_what_ended_a_training_is_told_also_when_the_disk_refuses_to_keep_it(tra
     with full_disk(100_000), pytest.raises(RuntimeError, match="^the original reason$"):
         train(unet)
     hook.remove()
-    assert re.search(r"stopped after step 1 of 6 and not kept; .* could not be written \(File too large\)", caplog.text)
+    assert re.search(r"stopped after step 1 of 6 and not saved; .* could not be written \(File too large\)",
+                     caplog.text)
 
 
 def test_checkpointing_saving_and_previews_change_nothing(train, unet, monkeypatch):

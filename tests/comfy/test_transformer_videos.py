@@ -67,11 +67,12 @@ def test_an_area_of_a_video_gets_its_frames_control(run, base, model, control, c
     areas = [run("ConditioningSetAreaPercentageVideo", conditioning=prompt, temporal=0.5, height=1.0, width=0.5,
                  z=start, y=0.0, x=0.5, strength=1.0) for start in (0.0, 0.5)]
     prompt = [*areas[0], *areas[1]]
-    together = sample(*control(model, controlnext, frames, prompt, prompt), empty(base, 4), steps=1)
+    options = dict(steps=1, silent=True)  # ComfyUI has no areas beside a sound
+    together = sample(*control(model, controlnext, frames, prompt, prompt), empty(base, 4), **options)
     one_call_each(monkeypatch, model)
     half = frames[:, :, BASES[base].side // 2:]
     with by_hand(base, model, controlnext, {0: [(half, 1.0)]}, grid=(4, 2), windows=[[2, 3], [0, 1]]):
-        expected = sample(model, prompt, prompt, empty(base, 4), steps=1)
+        expected = sample(model, prompt, prompt, empty(base, 4), **options)
     assert relative(together, expected) <= 5e-5
 
 
@@ -79,15 +80,14 @@ def seen(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("base", ["hunyuan_video15", "ltxv"], indirect=True)
+@pytest.mark.parametrize("base", ["hunyuan_video15", "ltxv", "ltx2"], indirect=True)
 def test_control_of_a_video_that_begins_with_a_picture_is_added_as_by_hand(base, model, control, controlnext):
     given = torch.ones(1, 1, 2, 4, 4)
     given[:, :, 0] = 0.0
     extra, options = {
         "hunyuan_video15": (dict(concat_latent_image=seen(1, 32, 2, 4, 4), concat_mask=given,
                                  clip_vision_output=SimpleNamespace(last_hidden_state=seen(1, 9, 1152))), {}),
-        "ltxv": ({}, dict(noise_mask=given)),  # each token has a timestep of its own
-    }[base]
+    }.get(base, ({}, dict(noise_mask=given)))  # each token has a timestep of its own
     prompts, frames = (cond(model, 0, **extra), cond(model, 1, **extra)), images_of(base, 2)
     for place, block in (("tokens", 0), ("block_1", 2)):
         with by_hand(base, model, controlnext, {block: [(frames, 0.8)]}):
@@ -97,16 +97,21 @@ def test_control_of_a_video_that_begins_with_a_picture_is_added_as_by_hand(base,
         assert relative(drawn(base, model, *prompts, **options), expected) > 1e-2
 
 
-@pytest.mark.parametrize("base", ["ltxv"], indirect=True)
-def test_frames_that_guide_a_video_stay_as_they_are(run, base, model, control, controlnext):
+# ComfyUI has no guides in context windows of LTX-Video
+@pytest.mark.parametrize("base, windows", [
+    ("ltxv", [range(5)]), ("ltx2", [range(5)]), ("ltx2", [range(3), range(2, 5)])], indirect=["base"])
+def test_frames_that_guide_a_video_stay_as_they_are(run, base, model, control, controlnext, windows):
     """They are the last ones of its latent."""
     frames, vae = images_of(base, 5), SimpleNamespace(downscale_index_formula=(8, 32, 32),
                                                       encode=lambda pixels: seen(1, 128, 1, 4, 4))
     *prompts, guided = run("LTXVAddGuide", positive=conds(model)[0], negative=conds(model)[1], vae=vae,
                            latent={"samples": empty(base, 5)}, image=picture_for(base, 3), frame_idx=32, strength=1.0)
+    windowed = run("ContextWindowsManual", model=model, context_length=len(windows[0]), context_overlap=1, dim=2,
+                   freenoise=False, context_schedule="standard_static", context_stride=1, closed_loop=False,
+                   fuse_method="flat", causal_window_fix=False)
     latents, options = guided["samples"], dict(steps=1, noise_mask=guided["noise_mask"])
-    with by_hand(base, model, controlnext, {0: [(frames, 1.0)]}, windows=[range(5)]):
-        expected = sample(model, *prompts, latents, **options)
+    with by_hand(base, model, controlnext, {0: [(frames, 1.0)]}, windows=windows):
+        expected = sample(windowed, *prompts, latents, **options)
     assert latents.shape[2] == 6
-    assert relative(sample(*control(model, controlnext, frames, *prompts), latents, **options), expected) <= 5e-5
-    assert relative(sample(model, *prompts, latents, **options), expected) > 1e-2
+    assert relative(sample(*control(windowed, controlnext, frames, *prompts), latents, **options), expected) <= 5e-5
+    assert relative(sample(windowed, *prompts, latents, **options), expected) > 1e-2

@@ -76,6 +76,7 @@ BASES = {
     "krea2": Base("blocks", 0, 0, 128, places=("tokens",), before=77),
     "anima": Base("blocks", 0, 2, 128, places=("tokens",)),
     "auraflow": Base("double_layers", 1, 0, 128),
+    "ltx2": Base("transformer_blocks", 0, "v_context", 128, ratio=32, patch=1, frames=2, images=8),
 }
 BASES = {base: row for base, row in BASES.items() if base == "sd3" or base in TRANSFORMERS}
 ENTERED = [(base, place) for base, row in BASES.items() for place in row.places if place != "block_0"]
@@ -128,10 +129,12 @@ def entering(base: str, model, block: int, change: Callable):
 
     def hook(_, args, kwargs):
         given = {**dict(enumerate(args)), **kwargs}
-        tokens = given[row.picture]
+        streams = given[row.picture]  # the picture's tokens, or a tuple of them and those of a sound
+        tokens = streams[0] if isinstance(streams, tuple) else streams
         changed = change(tokens.flatten(1, -2), given[row.text])  # some keep frames, rows and columns apart
         if changed is not None:
-            given[row.picture] = changed.view_as(tokens)
+            changed = changed.view_as(tokens)
+            given[row.picture] = (changed, *streams[1:]) if isinstance(streams, tuple) else changed
         return tuple(given[index] for index in range(len(args))), {name: given[name] for name in kwargs}
     handle = getattr(model.model.diffusion_model, row.blocks)[block].register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -150,7 +153,8 @@ def by_hand(base: str, model, controlnext, blocks: dict[int, list], grid=(4, 4),
     timestep, frames, windows = [], [], itertools.cycle(windows or [range(BASES[base].frames)])
 
     def entered(_, args):
-        timestep.append(args[1][:1].reshape(1, -1).amax(1) * 1000 / BASES[base].time)  # given frames have one of 0
+        t = args[1][0] if isinstance(args[1], tuple) else args[1]  # a sound has one of its own
+        timestep.append(t[:1].reshape(1, -1).amax(1) * 1000 / BASES[base].time)  # given frames have one of 0
         frames.append(next(windows))
 
     def adding(added):

@@ -32,6 +32,8 @@ KEYS = (  # (bases, keys that can be of these)
     ("anima", ["transformer_blocks.0.norm1.linear_1.weight", "transformer_blocks.0.attn1.to_q.weight"]),
     ("auraflow", ["double_layers.0.attn.w2q.weight"]),
     ("auraflow", ["single_transformer_blocks.0.attn.to_q.weight", "joint_transformer_blocks.0.attn.to_q.weight"]),
+    ("ltx2", ["patchify_proj.weight", "audio_patchify_proj.weight", "transformer_blocks.0.audio_attn1.to_q.weight"]),
+    ("ltx2", ["caption_projection.linear_1.weight", "audio_proj_in.weight", "transformer_blocks.0.attn1.to_q.weight"]),
     ("flux chroma flux2 hunyuan_video15", ["double_blocks.0.img_mlp.0.weight"]),
     ("sd3 flux chroma qwen_image flux2 hunyuan_video15 krea2 auraflow", ["transformer_blocks.1.attn.to_q.weight"]),
     ("", ["conv_in.weight"]),

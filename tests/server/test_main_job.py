@@ -43,7 +43,7 @@ CONTRACT = {
         {"controlnext_name": None,
          "variant": ["auto", "sd15", "sd15_mid", "sdxl", "svd", "svd_padded", "svd_mid", "sd3", "flux", "chroma",
                      "qwen_image", "flux2", "z_image", "wan", "hunyuan_video15",
-                     "ltxv", "krea2", "anima", "auraflow"]},
+                     "ltxv", "krea2", "anima", "auraflow", "ltx2"]},
         {},
         ["CONTROLNEXT"],
     ),

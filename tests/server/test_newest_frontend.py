@@ -1,4 +1,4 @@
-"""The pack in the newest frontend, which ComfyUI comes to serve: what of test_browser.py frontends may change."""
+"""The pack in the newest frontend, which ComfyUI comes to serve: what frontends may change."""
 
 import browser
 import comfy_client
@@ -13,6 +13,10 @@ from test_browser import (  # noqa: F401
     test_no_node_of_an_example_or_a_blueprint_lies_over_another,
     test_the_frontend_tells_a_file_that_its_schema_forbids,
     test_the_help_panel_shows_every_nodes_page_and_picture_in_the_users_language,
+)
+from test_text_on_nodes import (  # noqa: F401
+    test_an_interrupted_training_leaves_on_the_node_where_to_go_on_from,
+    test_what_was_loaded_stays_on_the_node_when_the_job_ends_and_when_the_page_is_reloaded,
 )
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "train.py"
-STEPS = 6
+STEPS = 4
 TIMEOUT = 2.0  # minutes; a machine with much to do may keep one rank waiting long for another
 
 

@@ -1,4 +1,4 @@
-"""What nodes say on themselves stays there: in ComfyUI's own frontend, the oldest supported one and the newest."""
+"""What nodes say on themselves stays there (test_oldest_frontend.py and test_newest_frontend.py have it, too)."""
 
 import json
 import urllib.request
@@ -23,14 +23,6 @@ IDLE = """async () => {
     const {queue_running, queue_pending} = await (await fetch('/queue')).json()
     return !queue_running.length && !queue_pending.length
 }"""
-
-
-@pytest.fixture(scope="module", params=[None, environment.OLDEST_FRONTEND, environment.NEWEST_FRONTEND],
-                ids=["own", "oldest", "newest"])
-def url(request, comfyui, base):
-    frontend = browser.options(request.param) if request.param else ()
-    with comfy_client.running_server(comfyui, base, options=("--cpu", *frontend)) as url:
-        yield url
 
 
 def post(url: str, data: dict) -> None:

@@ -46,8 +46,11 @@ def test_a_training_workflow_trains_saves_and_draws_with_and_without_control(url
     drawing = thumbnails.put_drawing("rooster", False, base / "input")
     workflow = json.loads((thumbnails.EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
     prompt = thumbnails.on_small_model(to_prompt(workflow, comfy_client.inputs_of(url)),
-                                       SimpleNamespace(steps=2, cfg=1.0, seed=0, training_steps=2), [drawing],
-                                       ["rooster"])
+                                       SimpleNamespace(seed=0, training_steps=2), [drawing], ["rooster"])
+    for kind, input_name in (("KSampler", "steps"), ("ControlNeXtTrain", "batch_size")):
+        for node in prompt.values():
+            if node["class_type"] == kind:
+                node["inputs"][input_name] = 2
     shown = {prompt[node]["class_type"]: output for node, output in comfy_client.run_graph(url, prompt).items()}
     assert shown["LossGraphNode"]["images"]
     text = shown["ControlNeXtSave"]["text"][0]
