@@ -60,11 +60,12 @@ def main() -> None:
     edges = demonstration.edges(demonstration.images)
 
     if kind == "canny":
-        controls, off = edges, demonstration.draw(PICTURES_SEED)
+        controls, uncontrolled = edges, demonstration.draw(PICTURES_SEED)
     else:
         controls = demonstration.smaller(demonstration.images)
-        off = demonstration.larger(controls)
-    off, ceiling = (agreements(demonstration.edges(pictures), edges, kind) for pictures in (off, demonstration.ceiling()))
+        uncontrolled = demonstration.larger(controls)
+    off, ceiling = (agreements(demonstration.edges(pictures), edges, kind)
+                    for pictures in (uncontrolled, demonstration.ceiling()))
 
     def fresh(timed: bool, times_as_wide: int, seed: int) -> dict:
         family = dataclasses.replace(FAMILIES[base.name], timed=timed)

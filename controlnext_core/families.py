@@ -68,7 +68,8 @@ class Family:
 
 # pooled before they are normalized, features have the std of the tokens; pooled behind the stem, too, they are as fine
 # as the tokens and cost a quarter
-_TRANSFORMERS = [Family(base, base, "light", "tokens", pool_first=True, eps=1e-12, stem_pool=True, released=False, timed=False)
+_TRANSFORMERS = [Family(base, base, "light", "tokens", pool_first=True, eps=1e-12, stem_pool=True, released=False,
+                        timed=False)
                  for base in ("sd3", "flux", "chroma", "qwen_image", "flux2", "z_image", "wan",
                               "hunyuan_video15", "ltxv", "krea2", "anima", "auraflow", "ltx2")]
 FAMILIES = {

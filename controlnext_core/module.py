@@ -152,9 +152,9 @@ class ControlNeXtModule(nn.Module):
         """How many numbers are alive at most, to 20 %, while one image of so many pixels becomes features."""
         return (2 if stem_pool else 5) * self._widest(pixels)  # pooled, the stem itself takes most
 
-    def image_part_numbers(self, pixels: int) -> int:
+    def image_part_numbers(self, pixels: int, stem_pool: bool) -> int:
         """How many numbers at most ``image_part`` gives for an image of so many pixels."""
-        return 2 * self._widest(pixels)
+        return 2 * self._widest(pixels) // (4 if stem_pool else 1)
 
     def _widest(self, pixels: int) -> int:
         """How many numbers the first resnet block has at once in a tensor, of a stem that does not pool."""

@@ -136,7 +136,8 @@ class Control:
 
         def kept_image_part(index: int):
             pixels = math.prod(forward.size) * self.resolved.ratio ** 2
-            if self.keeps and loaded.image_parts_stay(len(self.settings.image), pixels, forward.dtype):
+            count = len(self.settings.image)
+            if self.keeps and loaded.image_parts_stay(count, pixels, family.stem_pool, forward.dtype):
                 return loaded.image_parts.get((self._images.digest(index), *where), lambda: image_part(index))
             return image_part(index)  # a video is too large: too few would stay to be worth their memory
 
