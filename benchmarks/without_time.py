@@ -7,7 +7,7 @@ Each module is trained by Train ControlNeXt for the demonstration's SD3, with eq
 learned: with time, as the reference has it; without time, whose features are computed once for an image; and without
 time but twice as wide, for what is saved from step to step. The share of the way goes from what is there without
 control (canny: the model's own picture, super_resolution: the enlargement) to what the VAE makes of the drawing itself,
-in F1 of edges. Figures are written after each measurement, and a run that was ended early goes on after the last one.
+in F1 of edges. Figures are written after each measurement; a run that was ended early leaves out what it has measured.
 Needs npm for the drawings.
 """
 
@@ -89,9 +89,11 @@ def main() -> None:
     found = json.loads(kept.read_text())["found"] if kept.exists() else {}
     for seed in options.seeds:
         for module in options.modules:
+            names = {steps: f"{module}, seed {seed}, {steps} steps" for steps in options.steps}
+            if set(names.values()) <= found.keys():
+                continue
             shutil.rmtree(comfyui / "output" / "controlnext_training", ignore_errors=True)
-            for steps in options.steps:
-                name = f"{module}, seed {seed}, {steps} steps"
+            for steps, name in names.items():
                 found[name] = measure(module, seed, steps)
                 table = [[name, f"{one['F1']:.3f}", f"{one['share']:.2f}", f"{one['loss']:.4f}"]
                          for name, one in found.items()]
