@@ -273,7 +273,8 @@ def flops_of(step: Step, places_of: Callable, steps: int) -> dict:
 
     Args:
         places_of: the pack's.
-        steps: number of the first run's steps, over which its image part is spread; a video's image parts are not kept.
+        steps: number of the first run's steps, over which is spread what it computes once: all of a module without
+            time, else the image part, but for a video, whose image parts are not kept.
     """
     import torch
 
@@ -293,12 +294,22 @@ def flops_of(step: Step, places_of: Callable, steps: int) -> dict:
     timestep_part, _ = count(module.timestep_part, part, timesteps, size if family.pool_first else None)
     unpooled, _ = count(module.timestep_part, part, timesteps)
 
+    if not module.timed:
+        first = (image_part + timestep_part) / steps
+    else:
+        first = timestep_part + image_part / (1 if images > 1 else steps)
+
     frames = step.latent.shape[2] if step.latent.ndim == 5 else len(step.latent)
     return {"denoiser": step.halves * half, "image_part": image_part, "timestep_part": timestep_part,
             "reference": step.halves * (image_part + unpooled),
-            "first": timestep_part + image_part / (1 if images > 1 else steps),
+            "first": first,
             "natives": {name: step.halves * flops for name, flops in nets.items()},
             "kept_bytes": frames * place.channels * size[0] * size[1] * 2}
+
+
+def percent(share: float) -> str:
+    """With two digits that count, as a share far below a percent needs them."""
+    return f"{100 * share:.2f} %" if share >= 0.001 else f"{100 * share:.2g} %"
 
 
 def report_with_reference(flops: dict[Step, dict], steps: int) -> None:
@@ -309,7 +320,7 @@ def report_with_reference(flops: dict[Step, dict], steps: int) -> None:
         natives = ", ".join(f"{native / denoiser:.2%}" + (f" ({name})" if name else "")
                             for name, native in one["natives"].items())
         rows.append([step.title, f"{denoiser / 1e12:.3f} T", f"{one['reference'] / denoiser:.2%}", natives or "-",
-                     f"{one['first'] / denoiser:.2%}", f"{0:.2%}"])
+                     percent(one["first"] / denoiser), "0 %"])
         copies.append([step.title, f"{kept / 2 ** 20:.1f} MB", f"{1e3 * kept / BUS:.2f} ms",
                        f"{kept / BUS / (denoiser / PACE):.2%}"])
         added = {"reference's way": one["reference"], "ControlNeXt, first run": one["first"],
@@ -331,12 +342,12 @@ def report_transformers(flops: dict[Step, dict], steps: int) -> None:
         network = one["natives"].get("")
         rows.append([step.title, f"{one['denoiser'] / 1e12:.1f} T",
                      "-" if network is None else f"{network / one['denoiser']:.1%}",
-                     f"{one['first'] / one['denoiser']:.2%}", "0 %", f"{one['kept_bytes'] / 2 ** 20:.0f} MB"])
+                     percent(one["first"] / one["denoiser"]), "0 %", f"{one['kept_bytes'] / 2 ** 20:.0f} MB"])
         data[step.name] = {"transformer": one["denoiser"], "network": network, "first": one["first"],
                            "kept_bytes": one["kept_bytes"]}
 
     harness.report("flops_transformers", f"FLOPs added to a step of a transformer, first run of {steps} steps",
-                   ["base", "transformer", "ComfyUI's own", "ControlNeXt, first run", "second run", "kept a step"],
+                   ["base", "transformer", "ComfyUI's own", "ControlNeXt, first run", "second run", "kept"],
                    rows, {"steps": steps, "flops": data})
 
 

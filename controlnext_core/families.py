@@ -35,6 +35,7 @@ class Family:
         pool_first: pool the features to the denoiser's size before normalizing them, not after.
         eps: added to the std of the features.
         released: the reference implementation has it; the others are this project's own.
+        timed: the features of a new module depend on the timestep; those of a file do where it has the layers for it.
         gain: learned ``scale`` -> multiplier of the cond half.
         zero_negative_scale: the reference sets ``scale`` to 0 for the uncond half.
         stem_padding: padding of the stem's second and third convolution; the weights cannot tell it.
@@ -50,6 +51,7 @@ class Family:
     pool_first: bool
     eps: float
     released: bool = True
+    timed: bool = True
     gain: Callable[[float], float] = _as_is
     zero_negative_scale: bool = False
     stem_padding: int = 1
@@ -66,7 +68,8 @@ class Family:
 
 # pooled before they are normalized, features have the std of the tokens; pooled behind the stem, too, they are as fine
 # as the tokens and cost a quarter
-_TRANSFORMERS = [Family(base, base, "light", "tokens", pool_first=True, eps=1e-12, stem_pool=True, released=False)
+_TRANSFORMERS = [Family(base, base, "light", "tokens", pool_first=True, eps=1e-12, stem_pool=True, released=False,
+                        timed=False)
                  for base in ("sd3", "flux", "chroma", "qwen_image", "flux2", "z_image", "wan",
                               "hunyuan_video15", "ltxv", "krea2", "anima", "auraflow", "ltx2")]
 FAMILIES = {

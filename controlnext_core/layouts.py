@@ -12,10 +12,10 @@ from .sentences import quoted
 RESNET = {
     "norm1.weight": ("{i}",), "norm1.bias": ("{i}",),
     "conv1.weight": ("{o}", "{i}", 3, 3), "conv1.bias": ("{o}",),
-    "time_emb_proj.weight": ("{o}", "time"), "time_emb_proj.bias": ("{o}",),
     "norm2.weight": ("{o}",), "norm2.bias": ("{o}",),
     "conv2.weight": ("{o}", "{o}", 3, 3), "conv2.bias": ("{o}",),
 }
+TIME_IN_RESNET = {"time_emb_proj.weight": ("{o}", "time"), "time_emb_proj.bias": ("{o}",)}
 SHORTCUT = {"conv_shortcut.weight": ("{o}", "{i}", 1, 1), "conv_shortcut.bias": ("{o}",)}
 DOWNSAMPLE = {"conv.weight": ("{o}", "{o}", 3, 3), "conv.bias": ("{o}",)}
 
@@ -50,6 +50,7 @@ WIDTHS = {
     "video_mid": dict(frequencies=128, time=256, stem_0=64, stem_1=64, width_0=128, width_1=128, width_2=256,
                       width_3=256, out=1280),
 }
+TIME_WIDTHS = ("frequencies", "time")  # a module without time lacks them
 
 
 def layout_of(keys: Sequence[str]) -> str:
@@ -67,15 +68,17 @@ def stages_of(keys: Sequence[str]) -> int:
 def expected_shapes(keys: Sequence[str]) -> dict[str, tuple]:
     """{key: shape in named widths} of a file with these keys: what must be there, whatever else is.
 
-    ``width_i`` is the width that enters stage i; a shortcut convolution is expected where the file has one.
+    ``width_i`` is the width that enters stage i; a shortcut convolution is expected where the file has one, and all of
+    the timestep's layers where it has any.
     """
     stem = "embedding.0.weight" in keys
+    timed = any("time_emb" in key for key in keys)
     stages = stages_of(keys)
-    shapes: dict[str, tuple] = dict(TIME)
+    shapes: dict[str, tuple] = dict(TIME) if timed else {}
     if stem:
         shapes |= STEM
     for stage in range(stages):
-        block = dict(RESNET)
+        block = RESNET | TIME_IN_RESNET if timed else dict(RESNET)
         if any(key.startswith(f"down_res.{stage}.conv_shortcut.") for key in keys):
             block |= SHORTCUT
         names = {"i": f"width_{stage}", "o": f"width_{stage + 1}"}
@@ -130,7 +133,7 @@ def solve_widths(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
 
 def _check_widths(widths: Mapping[str, int], expected: Mapping[str, tuple]) -> None:
     """ValueError: no module of these widths could run, although all tensors agree on them."""
-    if widths["frequencies"] % 2:
+    if widths.get("frequencies", 0) % 2:
         raise ValueError(f"tensor time_embedding.linear_1.weight takes {widths['frequencies']} frequencies where an "
                          f"even number is expected")
     if "stem_0" not in widths and widths["width_0"] != 3:

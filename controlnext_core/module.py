@@ -1,7 +1,8 @@
 """The ControlNeXt module: a small convolutional net from a control image and a timestep to features.
 
 One class covers the released families; widths come from the state dict. Its forward is split where the timestep
-enters: ``image_part`` depends on the image only, ``timestep_part`` on both.
+enters: ``image_part`` depends on the image only, ``timestep_part`` on both. A module without time, as transformers have
+it, gives the same features at every timestep.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import nn
 
 from .cross_normalization import pool
 from .families import Family
-from .layouts import WIDTHS
+from .layouts import TIME_WIDTHS, WIDTHS
 
 STEM_GROUPS = 2  # cannot be deduced from the state dict, nor can the other group numbers
 CHANNELS_PER_GROUP = 32
@@ -42,15 +43,19 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, conv; + time; GroupNorm, SiLU, conv; + shortcut. Split before the timestep enters."""
+    """GroupNorm, SiLU, conv; + time; GroupNorm, SiLU, conv; + shortcut. Split before the timestep enters.
 
-    def __init__(self, in_channels: int, out_channels: int, time: int, shortcut: bool, operations: Operations,
+    Args:
+        time: width of the timestep's embedding, None where it does not enter.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, time: int | None, shortcut: bool, operations: Operations,
                  **factory):
         super().__init__()
         groups = math.gcd(in_channels, max(out_channels // CHANNELS_PER_GROUP, 1))  # 1 for an RGB input
         self.norm1 = operations.GroupNorm(groups, in_channels, eps=1e-6, **factory)
         self.conv1 = operations.Conv2d(in_channels, out_channels, 3, padding=1, **factory)
-        self.time_emb_proj = operations.Linear(time, out_channels, **factory)
+        self.time_emb_proj = operations.Linear(time, out_channels, **factory) if time else None
         self.norm2 = operations.GroupNorm(groups, out_channels, eps=1e-6, **factory)
         self.conv2 = operations.Conv2d(out_channels, out_channels, 3, padding=1, **factory)
         self.conv_shortcut = operations.Conv2d(in_channels, out_channels, 1, **factory) if shortcut else nn.Identity()
@@ -58,8 +63,9 @@ class ResnetBlock(nn.Module):
     def before_time(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.conv1(F.silu(self.norm1(x))), self.conv_shortcut(x)
 
-    def after_time(self, h: torch.Tensor, residual: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+    def after_time(self, h: torch.Tensor, residual: torch.Tensor, emb: torch.Tensor | None) -> torch.Tensor:
+        if emb is not None:
+            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
         return self.conv2(F.silu(self.norm2(h))) + residual
 
 
@@ -87,7 +93,7 @@ class ControlNeXtModule(nn.Module):
 
     Attributes:
         scale: the parameter, or None.
-        frequencies: of the timestep's embedding.
+        frequencies: of the timestep's embedding; None without time.
         out_channels: of the features.
     """
 
@@ -98,11 +104,11 @@ class ControlNeXtModule(nn.Module):
         factory = {"operations": operations, "dtype": dtype, "device": device}
         layer = {"dtype": dtype, "device": device}
         stages = sum(name.startswith("width_") for name in widths) - 1
-        time, last = widths["time"], widths[f"width_{stages}"]
-        self.frequencies = widths["frequencies"]
+        time, last = widths.get("time"), widths[f"width_{stages}"]
+        self.frequencies = widths.get("frequencies")
         self.out_channels = widths["out"]
 
-        self.time_embedding = TimestepEmbedding(self.frequencies, time, **factory)
+        self.time_embedding = TimestepEmbedding(self.frequencies, time, **factory) if time else None
         self.embedding = None
         if "embedding.0.weight" in keys:
             channels = (3, widths["stem_0"], widths["stem_1"], widths["width_0"])
@@ -133,6 +139,11 @@ class ControlNeXtModule(nn.Module):
                                         operations.Conv2d(last, self.out_channels, 1, **layer)])
 
     @property
+    def timed(self) -> bool:
+        """Whether features depend on the timestep."""
+        return self.time_embedding is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """The parameters' dtype."""
         return self.mid_convs[1].weight.dtype
@@ -141,9 +152,9 @@ class ControlNeXtModule(nn.Module):
         """How many numbers are alive at most, to 20 %, while one image of so many pixels becomes features."""
         return (2 if stem_pool else 5) * self._widest(pixels)  # pooled, the stem itself takes most
 
-    def image_part_numbers(self, pixels: int) -> int:
+    def image_part_numbers(self, pixels: int, stem_pool: bool) -> int:
         """How many numbers at most ``image_part`` gives for an image of so many pixels."""
-        return 2 * self._widest(pixels)
+        return 2 * self._widest(pixels) // (4 if stem_pool else 1)
 
     def _widest(self, pixels: int) -> int:
         """How many numbers the first resnet block has at once in a tensor, of a stem that does not pool."""
@@ -175,11 +186,14 @@ class ControlNeXtModule(nn.Module):
                       size: tuple[int, int] | None = None) -> torch.Tensor:
         """Features (N, out, h, w) from ``image_part`` and the denoiser's own timestep, (N,) or (1,) for all.
 
+        A module without time does not look at the timestep.
         With ``size`` (H, W) they are pooled to it, before the last convolution: that is 1x1, so the order makes no
         difference.
         """
         h, residual = image_part
-        emb = self.time_embedding(timestep_embedding(timestep, self.frequencies).to(h.dtype))
+        emb = None
+        if self.timed:
+            emb = self.time_embedding(timestep_embedding(timestep, self.frequencies).to(h.dtype))
         x = self.down_sample[0](self.down_res[0].after_time(h, residual, emb))
         for resnet, downsample in zip(list(self.down_res)[1:], list(self.down_sample)[1:], strict=True):
             x = downsample(resnet.after_time(*resnet.before_time(x), emb))
@@ -198,7 +212,7 @@ def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, op
     """A fresh module of a family in float32, initialised as the reference does: every layer as torch has it.
 
     Args:
-        family: its layout gives the reference's widths and whether there is a stem.
+        family: its layout gives the reference's widths and whether there is a stem; it says whether there is time.
         seed: makes the weights; torch's own random numbers are left as they were.
         zero_convolution: start with a last convolution of zeros, for training without cross normalization.
         operations: where layers come from; they must initialise themselves, as ``torch.nn`` does.
@@ -210,6 +224,8 @@ def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, op
         ValueError: a width that the family's layout does not have.
     """
     reference = WIDTHS[family.layout]
+    if not family.timed:
+        reference = {name: width for name, width in reference.items() if name not in TIME_WIDTHS}
     if unknown := widths.keys() - reference.keys():
         raise ValueError(f"{min(unknown)} is not a width of {family.name}; it has {', '.join(reference)}.")
 

@@ -6,7 +6,7 @@ SDXL one does, since this UNet has one level and so lacks SD1.5's own place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -90,17 +90,18 @@ def control_images(run: Callable, pictures: torch.Tensor, kind: str) -> torch.Te
 
 
 def train(run: Callable, folder: Path, drawings: Drawings, base: Base, kind: str, steps: int, encoded: Path,
-          **changes) -> Path:
+          start: Mapping[str, torch.Tensor] | None = None, **changes) -> Path:
     """Train a control, from where an earlier call was stopped; returns the folder that Save ControlNeXt Model wrote.
 
     Args:
         folder: ComfyUI's base directory.
         encoded: keeps latents and encoded captions of this base.
+        start: the state dict of the module to begin with, a new one of ``WIDTHS`` if None.
         changes: inputs of Train ControlNeXt that are to be other than the settings here.
     """
     output, name = folder / "output", f"{base.name}_{kind}"
-    narrow = new_module(FAMILIES[base.name], **WIDTHS, out=base.width).state_dict()
-    save_file(narrow, folder / "models" / "controlnext" / NARROW)
+    start = start or new_module(FAMILIES[base.name], **WIDTHS, out=base.width).state_dict()
+    save_file(start, folder / "models" / "controlnext" / NARROW)
 
     settings = SETTINGS | BASE_SETTINGS[base.name] | KIND_SETTINGS.get(kind, {}) | {
         "steps": steps, "filename_prefix": name, "super_resolution": kind == "super_resolution"} | changes

@@ -101,12 +101,16 @@ class Control:
         Frames of a video are put below one another.
         """
         rows = [0] * len(images) if forward.video else range(len(images))
-        wanted = [(group, forward.timesteps[row]) for group, row in zip(images, rows, strict=True)]
+        wanted = [(group, self._timestep(forward, row)) for group, row in zip(images, rows, strict=True)]
         row_of = dict(zip(reversed(wanted), reversed(rows), strict=True))
         computed = {one: self._features_of(one[0], row, forward, area) for one, row in row_of.items()}
         if len(computed) == 1 and not forward.video:
             return computed[wanted[0]]
         return torch.cat([computed[one] for one in wanted], 2 if forward.video else 0)
+
+    def _timestep(self, forward: Forward, row: int) -> float | None:
+        """The one that a row's features are of, None where they are of every timestep."""
+        return forward.timesteps[row] if self.loaded.patcher.model.timed else None
 
     def _features_of(self, images: tuple[int, ...], row: int, forward: Forward, area) -> torch.Tensor:
         """Features of images that share a latent frame (mostly one), their mean standardized, at one timestep.
@@ -119,6 +123,7 @@ class Control:
         fitted = self.settings.fits_areas and area is not None and not self._images.has_size(forward.latent)
         fit_to = area[:2] if fitted else None
         resize = None if self._images.has_size(forward.latent) else self.settings.resize
+        timestep = self._timestep(forward, row)
         where = (forward.latent, self.resolved.ratio, area, fitted, resize, family.name, forward.dtype, forward.device,
                  torch.is_inference_mode_enabled())  # training cannot use inference's tensors
 
@@ -131,7 +136,8 @@ class Control:
 
         def kept_image_part(index: int):
             pixels = math.prod(forward.size) * self.resolved.ratio ** 2
-            if self.keeps and loaded.image_parts_stay(len(self.settings.image), pixels, forward.dtype):
+            count = len(self.settings.image)
+            if self.keeps and loaded.image_parts_stay(count, pixels, family.stem_pool, forward.dtype):
                 return loaded.image_parts.get((self._images.digest(index), *where), lambda: image_part(index))
             return image_part(index)  # a video is too large: too few would stay to be worth their memory
 
@@ -140,7 +146,7 @@ class Control:
             return (control_features(loaded.patcher.model, family, map(kept_image_part, images), at, size),)
 
         def key():
-            return tuple(map(self._images.digest, images)), *where, forward.timesteps[row], size
+            return tuple(map(self._images.digest, images)), *where, timestep, size
 
         if not self.keeps:
             return features()[0]
@@ -148,14 +154,14 @@ class Control:
             for index in images:  # the digests are now those of the pictures that features come from
                 self._images.keep(index, forward.latent, fit_to)
         try:
-            return loaded.features.get(key(), features, step=forward.timesteps[row])[0]
+            return loaded.features.get(key(), features, step=timestep)[0]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         logging.warning("ControlNeXt: memory ran out; control frees what it keeps on the device and tries once more.")
         loaded.free_device()  # out here, where the exception's frames hold nothing any more
         comfy.model_management.soft_empty_cache()
-        return loaded.features.get(key(), features, step=forward.timesteps[row])[0]
+        return loaded.features.get(key(), features, step=timestep)[0]
 
     def _loaded_on(self, device: torch.device | None) -> LoadedModule:
         """The module for a thread's device, None for the only one; with several GPUs, each has a copy."""

@@ -114,7 +114,7 @@ class FeatureCache:
         """The tensors kept under ``key``, or those that ``compute`` returns, kept when there is room for them.
 
         Args:
-            step: the same for all that is needed at the same time.
+            step: the same for all that is needed at the same time, None for what every step needs.
         """
         with self._lock:
             arrived, self._step = step != self._step, step

@@ -82,9 +82,11 @@ class LoadedModule:
         for cache in (self.features, self.image_parts):
             cache.free_device()
 
-    def image_parts_stay(self, images: int, pixels: int, dtype: torch.dtype) -> bool:
-        """Whether the image parts of so many images of so many pixels are kept while a sampling runs."""
-        return images * self.patcher.model.image_part_numbers(pixels) * dtype.itemsize <= self.image_parts.limit
+    def image_parts_stay(self, images: int, pixels: int, stem_pool: bool, dtype: torch.dtype) -> bool:
+        """Whether the image parts of so many images of so many pixels are kept while a sampling runs, for its steps."""
+        module = self.patcher.model
+        size = images * module.image_part_numbers(pixels, stem_pool) * dtype.itemsize
+        return module.timed and size <= self.image_parts.limit
 
     def memory(self, images: int, pixels: int, positions: int, stem_pool: bool, dtype: torch.dtype,
                frames: int | None = None) -> tuple[int, int]:
@@ -97,8 +99,8 @@ class LoadedModule:
         """
         module = self.patcher.model
         staying = 2 * (frames or images) * module.out_channels * positions  # each one's, and all put together
-        if self.image_parts_stay(images, pixels, dtype):
-            staying += (images - 1) * module.image_part_numbers(pixels)
+        if self.image_parts_stay(images, pixels, stem_pool, dtype):
+            staying += (images - 1) * module.image_part_numbers(pixels, stem_pool)
         return module.peak(pixels, stem_pool) * dtype.itemsize, staying * dtype.itemsize
 
 

@@ -96,7 +96,7 @@ NO_BASES = {  # {ComfyUI's name: ...}
         num_text_blocks=1, num_visual_blocks=1)),
     "Anima": NEWER["anima"],
 }
-NARROW = dict(time=32, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)  # of a module that is quick
+NARROW = dict(stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32)  # of a module that is quick
 
 
 def unet_model(base: str, dtype=torch.float32, device=None, kind=None, **changes) -> comfy.model_patcher.ModelPatcher:

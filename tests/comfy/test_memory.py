@@ -54,7 +54,7 @@ def wan(pack):
 
 
 @pytest.mark.parametrize("family, images, height, width", [
-    ("sd15", 1, 512, 512), ("sdxl", 1, 512, 512), ("svd", 2, 576, 320), ("wan", 9, 480, 832)])
+    ("sd15", 1, 512, 512), ("sdxl", 1, 512, 512), ("svd", 2, 576, 320), ("wan", 9, 256, 448)])
 def test_a_forward_of_the_module_takes_what_is_told_within_a_fifth(
         pack, apply, unets, controlnexts, wan, control_in, family, images, height, width):
     at, video = (height // 8, width // 8), family == "wan"

@@ -10,7 +10,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from sampling import cond, conds, one_call_each, picture, relative
-from tokens import BASES, BLOCK_BEHIND, ENTERED, by_hand, drawn, entering, picture_for, with_reference
+from tokens import BASES, BLOCK_BEHIND, ENTERED, by_hand, drawn, entering, new_controlnext, picture_for, with_reference
 
 TAKING_REFERENCES = ("flux", "qwen_image", "flux2", "z_image", "krea2")
 REFERENCES = [base for base in TAKING_REFERENCES if base in BASES]
@@ -139,12 +139,27 @@ def test_an_area_gets_its_part_of_the_control_image(run, base, model, control, c
     assert relative(drawn(base, *control(model, controlnext, image, area, area), **options), expected) <= 5e-5
 
 
-def test_a_second_run_takes_all_features_from_the_first(base, model, control, controlnext, module_runs):
+def test_a_picture_has_its_features_computed_once_for_all_steps_and_runs(base, model, control, controlnext,
+                                                                         module_runs):
     _, runs = module_runs(controlnext)
     controlnext.loaded.features.clear()
     first, second = (drawn(base, *control(model, controlnext, picture_for(base, 3)), steps=2) for _ in range(2))
-    assert len(runs) == 2
+    assert len(runs) == len(controlnext.loaded.features.kept()) == 1
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("base", ["sd3", "wan"], indirect=True)
+def test_control_of_an_older_file_with_time_is_added_as_by_hand(pack, base, model, control, module_runs):
+    older = new_controlnext(pack, base, timed=True)
+    with by_hand(base, model, older, {0: [(picture_for(base), 0.8)]}):
+        expected = drawn(base, model)
+    controlled = control(model, older, picture_for(base), strength=0.8)
+    assert relative(drawn(base, *controlled), expected) <= 5e-5
+
+    _, runs = module_runs(older)
+    for _ in range(2):
+        drawn(base, *controlled, steps=3)
+    assert len(runs) == 2, "the first of the three timesteps is known, and the second run takes all from the first"
 
 
 @pytest.mark.parametrize("base", ["flux", "flux2"], indirect=True)

@@ -3,11 +3,11 @@
 They are the independent rewrite that the tests compare with: of this project they take the module alone.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from controlnext_core.module import new_module
 BLOCK_BEHIND = {"tokens": 0, "block_0": 1, "block_1": 2}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Base:
     """What the hooks need to know of a base.
 
@@ -88,9 +88,10 @@ def picture_for(base: str, seed: int = 0, count: int = 1) -> torch.Tensor:
     return picture(seed, count, BASES[base].side, BASES[base].side)
 
 
-def new_controlnext(pack, base: str, width: int | None = None):
-    """A CONTROLNEXT for the small model of a base, or one of another width."""
-    module = new_module(FAMILIES[base], seed=1, out=width or BASES[base].width, **NARROW)
+def new_controlnext(pack, base: str, width: int | None = None, timed: bool = False):
+    """A CONTROLNEXT for the small model of a base, or one of another width; with time, as older files have it."""
+    family = dataclasses.replace(FAMILIES[base], timed=timed)
+    module = new_module(family, seed=1, out=width or BASES[base].width, **NARROW)
     return pack("nodes.runtime.loaded").trained_controlnext(module.state_dict(), "auto", "small.safetensors", {})
 
 

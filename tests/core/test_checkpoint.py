@@ -132,6 +132,14 @@ NO_MODULE = {  # all their tensors agree
 }
 
 
+@pytest.mark.parametrize("key", ["time_embedding.linear_2.bias", "down_res.1.time_emb_proj.weight"])
+def test_a_file_that_has_the_layers_of_time_has_all_of_them(key):
+    file = module()
+    del file[key]
+    with pytest.raises(ValueError, match=f"tensor {key} is missing"):
+        open_checkpoint(file, "f")
+
+
 @pytest.mark.parametrize("words", NO_MODULE)
 def test_widths_that_no_module_can_have_are_an_error(words):
     with pytest.raises(ValueError, match=f"f does not fit any ControlNeXt model: .*{words}"):

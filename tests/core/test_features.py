@@ -18,7 +18,7 @@ def family(request):
 
 @pytest.fixture
 def module(family):
-    return new_module(family, out=32, time=32)
+    return new_module(family, out=32)
 
 
 @pytest.fixture

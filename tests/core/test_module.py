@@ -5,9 +5,11 @@ import torch
 
 from controlnext_core.checkpoint import open_checkpoint
 from controlnext_core.families import FAMILIES
+from controlnext_core.layouts import TIME_WIDTHS
 from controlnext_core.module import new_module
 
 SMALL = dict(frequencies=8, time=16, stem_0=8, stem_1=8, width_0=16, width_1=16, width_2=32, out=12)
+WITHOUT_TIME = {name: width for name, width in SMALL.items() if name not in TIME_WIDTHS}
 
 
 @pytest.fixture
@@ -77,6 +79,19 @@ def test_a_small_module_reads_back_from_its_own_state_dict():
     assert torch.equal(again(image, torch.ones(1), 1, False), module(image, torch.ones(1), 1, False))
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.timed])
+def test_a_new_module_of_a_transformer_gives_the_same_features_at_every_timestep(name):
+    family = FAMILIES[name]
+    module = new_module(family, **WITHOUT_TIME)
+    assert not any("time" in key for key in module.state_dict())
+
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    again = open_checkpoint(module.state_dict(), "f").load_weights()
+    features, late, early = (one(image, torch.tensor([at]), family.stem_padding, family.stem_pool)
+                             for one, at in ((module, 0.0), (again, 0.0), (again, 1000.0)))
+    assert torch.equal(features, late) and torch.equal(features, early)
+
+
 def test_a_module_that_learns_its_scale_has_it_before_the_same_weights():
     plain, learning = new_module(FAMILIES["sdxl"], 5, **SMALL), new_module(FAMILIES["sdxl"], 5, scale=0.5, **SMALL)
     assert list(learning.state_dict()) == ["scale", *plain.state_dict()]
@@ -94,3 +109,5 @@ def test_the_seed_makes_the_weights_and_leaves_other_random_numbers_alone():
 def test_a_width_that_the_layout_lacks_is_named():
     with pytest.raises(ValueError, match="stem_0 is not a width of sd15_mid"):
         new_module(FAMILIES["sd15_mid"], stem_0=8)
+    with pytest.raises(ValueError, match="time is not a width of flux"):
+        new_module(FAMILIES["flux"], time=8)
