@@ -4,7 +4,7 @@ import pytest
 import svd_files
 import torch
 
-FRAMES = 5
+FRAMES = 3
 FAMILIES = ("svd", "svd_padded", "svd_mid")
 
 
