@@ -50,6 +50,18 @@ def test_what_was_fetched_for_a_step_that_does_not_come_leaves(cache_of):
     assert len(computed) == STEPS * IMAGES
 
 
+def test_what_every_step_needs_stays_on_the_device_until_the_run_ends(cache_of, monkeypatch):
+    """The features of a module without time: one copy in a second run, none between steps."""
+    cache, cast, copies = cache_of(10 ** 6, ELSEWHERE), comfy.model_management.cast_to, []
+    monkeypatch.setattr(comfy.model_management, "cast_to", lambda *args, **how: copies.append(1) or cast(*args, **how))
+    for run in range(2):
+        for _ in range(STEPS):
+            assert torch.equal(cache.get("image", lambda: (torch.ones(SIZE),))[0], torch.ones(SIZE))
+        assert len(copies) == run
+        cache.end_run()
+        assert not any(entry.on_device for entry in cache.kept())
+
+
 def test_where_the_device_is_home_nothing_is_copied(cache_of):
     tensor = torch.ones(3)
     for host in (None, tensor.device):
