@@ -54,6 +54,11 @@ class Pack(in_process.Pack):
         save_file(stand_in.random_weights(stand_in.controlnext_shapes(), seed=0), file)
         return self.run("ControlNeXtLoader", controlnext_name=file.name, variant=variant)
 
+    def put_control(self, folder: Path, prefix: str, kind: str) -> None:
+        """Copy a trained control's files to where the demonstration of a base with this prefix loads this kind."""
+        for file in folder.iterdir():
+            shutil.copyfile(file, self.models / "controlnext" / f"{prefix}{kind}_{file.name}")
+
     def demonstration(self, drawings: np.ndarray, captions: list[str], cfg: float = 1.0, base: str = "sd15"):
         """The demonstration's trained model of a base, drawing for these captions (demo_model/measure.py)."""
         from demo_model import provide

@@ -51,8 +51,7 @@ def main() -> None:
         trained = control.train(pack.run, comfyui, drawings=drawn, base=base, kind="canny", steps=options.steps,
                                 encoded=folder / "sd3_encoded.pt", inject_at=place,
                                 scale_learning_rate=options.scale_learning_rate)
-        for file in trained.iterdir():
-            shutil.copyfile(file, pack.models / "controlnext" / f"{base.prefix}canny_{file.name}")
+        pack.put_control(trained, base.prefix, "canny")
         pictures = demonstration.draw(SEED, "canny", controls)
         found[place] = agreements(demonstration.edges(pictures), controls, "canny")
         sheet.append(pictures[:16])

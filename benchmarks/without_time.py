@@ -14,6 +14,7 @@ Needs npm for the drawings.
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import json
 import shutil
@@ -78,11 +79,10 @@ def main() -> None:
                                 encoded=folder / f"sd3_encoded_{TRAINED_ON}.pt", seed=seed,
                                 start=fresh(*MODULES[module], seed), scale_learning_rate=SCALE_LEARNING_RATE, ema=EMA,
                                 save_every=options.steps[0], batch_size=BATCH)
-        for file in trained.iterdir():
-            shutil.copyfile(file, pack.models / "controlnext" / f"{base.prefix}{kind}_{file.name}")
+        pack.put_control(trained, base.prefix, kind)
         agreement = agreements(demonstration.edges(demonstration.draw(PICTURES_SEED, kind, controls)), edges, kind)
         with open(max(comfyui.glob("output/**/*_losses.csv"), key=lambda file: file.stat().st_mtime)) as file:
-            losses = [float(line.split(",")[1]) for line in file.readlines()[1:]]
+            losses = [float(row["loss"]) for row in csv.DictReader(file)]
         return {"F1": agreement, "share": share_of_the_way(agreement, off, ceiling), "loss": sum(losses) / len(losses)}
 
     kept = harness.FOLDER / "results" / f"without_time_{kind}.json"

@@ -44,7 +44,7 @@ def trainable_clone(model, control: TrainingControl, differences: dict[Target, t
     for name, layer in clone.model.named_modules():
         if layer in blocks:
             forward = _in_modes(layer.forward, modes) if modes else layer.forward
-            forward = _on_copies(forward) if writes_over(denoiser) else forward
+            forward = _on_copies(forward) if CopiesToNorms in modes else forward
             clone.add_object_patch(f"{name}.forward", _checkpointed(forward) if checkpointing else forward)
     return clone
 

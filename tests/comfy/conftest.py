@@ -169,6 +169,19 @@ def module_runs(monkeypatch):
 
 
 @pytest.fixture
+def asked(monkeypatch):
+    """What ComfyUI was asked to keep free when it loaded models, in bytes."""
+    import comfy.model_management
+    found, load = [], comfy.model_management.load_models_gpu
+
+    def note(models, memory_required=0, **rest):
+        found.append(memory_required)
+        return load(models, memory_required=memory_required, **rest)
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
+    return found
+
+
+@pytest.fixture
 def compiler():
     """torch.compile without what it has compiled in other tests, of which it counts how often it had to begin anew."""
     torch._dynamo.reset()

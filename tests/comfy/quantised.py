@@ -105,6 +105,13 @@ class Ggml(Packed):
             self.weight = torch.nn.Parameter(tensor, requires_grad=False)
 
 
+def stored_in(form: str, weights: dict, layers: Set[str]) -> tuple[dict, dict]:
+    """(state dict in a form, with these keys in it, the weights in it)."""
+    if form == "gguf":
+        return dict(weights), all_in_levels(weights, layers)
+    return scaled_as_it_was(weights, layers) if form == "scaled fp8" else mixed(weights, form)
+
+
 def load(form: str, weights: dict, run, models_folder) -> tuple:
     """(the MODEL that ComfyUI's loader makes of a denoiser's weights in a form, the weights that it computes with)."""
     if form.startswith("fp8"):
@@ -115,11 +122,8 @@ def load(form: str, weights: dict, run, models_folder) -> tuple:
         kept = model.model.diffusion_model.state_dict()
         return model, {key: value.to(kept[key].dtype).float() for key, value in weights.items()}
     layers = {key for key, value in weights.items() if value.ndim == 2}
-    if form == "gguf":
-        options, stored, exact = {"custom_operations": Ggml}, dict(weights), all_in_levels(weights, layers)
-    else:
-        options, (stored, exact) = {}, (
-            scaled_as_it_was(weights, layers) if form == "scaled fp8" else mixed(weights, form))
+    stored, exact = stored_in(form, weights, layers)
+    options = {"custom_operations": Ggml} if form == "gguf" else {}
     with torch.inference_mode():
         return comfy.sd.load_diffusion_model_state_dict(stored, options), exact
 
@@ -133,10 +137,10 @@ def rebuilt(form: str, base: str, **changes) -> tuple:
     weights = plain.model.diffusion_model.state_dict()
     layers = {f"{name}.weight" for name, layer in plain.model.diffusion_model.named_modules()
               if isinstance(layer, torch.nn.Linear) and not name.startswith("llm_adapter.")}
+    stored, exact = stored_in(form, weights, layers)
     if form == "gguf":
-        loading, stored, exact = {"custom_operations": Ggml}, weights, all_in_levels(weights, layers)
+        loading = {"custom_operations": Ggml}
     else:
-        stored, exact = scaled_as_it_was(weights, layers)
         stored, _ = comfy.utils.convert_old_quants(stored)
         loading = {"quant_config": comfy.utils.detect_layer_quantization(stored, "")}
     with torch.inference_mode():

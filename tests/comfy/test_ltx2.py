@@ -1,6 +1,5 @@
 """What is LTX-2's alone: ComfyUI packs the latents of a video and of its sound into one row."""
 
-import comfy.model_management
 import comfy.nested_tensor
 import pytest
 import torch
@@ -59,14 +58,8 @@ def test_the_sound_enters_the_first_block_untouched(base, model, control, contro
     assert not torch.isclose(video, controlled).all(-1).any()
 
 
-def test_memory_is_told_for_the_video_alone(base, model, control, controlnext, monkeypatch):
+def test_memory_is_told_for_the_video_alone(base, model, control, controlnext, asked):
     """As much with a sound as without one, beside what ComfyUI asks for the model itself."""
-    asked, load = [], comfy.model_management.load_models_gpu
-
-    def note(models, memory_required=0, **rest):
-        asked.append(memory_required)
-        return load(models, memory_required=memory_required, **rest)
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
     controlled = control(model, controlnext, picture_for(base))
     for silent in (True, False):
         drawn(base, model, silent=silent)

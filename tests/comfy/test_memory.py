@@ -33,18 +33,6 @@ def peak(profile: torch.profiler.profile) -> int:
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """What ComfyUI was asked to keep free when it loaded models, in bytes."""
-    found, load = [], comfy.model_management.load_models_gpu
-
-    def note(models, memory_required=0, **rest):
-        found.append(memory_required)
-        return load(models, memory_required=memory_required, **rest)
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
-    return found
-
-
 @pytest.fixture(scope="module")
 def wan(pack):
     """(a small Wan, a CONTROLNEXT for it whose first layers are as wide as a new one's)."""

@@ -37,6 +37,7 @@ LOAD = "async graph => app.loadGraphData(graph, true, true, app.extensionManager
 # What the frontend says of a workflow that does not fit its schema or whose links do not agree with each other.
 MISFIT = re.compile("Invalid workflow against zod schema|Workflow Validation|Workflow Links Fixed")
 PROMPT = "async () => (await app.graphToPrompt()).output"
+# In a tab of its own, since in Nodes 2.0 the newest frontend keeps sizes of the nodes of the same ids in a tab.
 OPEN = """async graph => {
     app.canvas.setGraph(app.rootGraph)
     await app.loadGraphData(graph)

@@ -1,9 +1,7 @@
 """The pack in the newest frontend, which ComfyUI comes to serve: what frontends may change."""
 
-import browser
-import comfy_client
 import environment
-import pytest
+from frontends import served
 from test_browser import (  # noqa: F401
     pytestmark,
     test_a_blueprint_is_listed_and_comes_as_the_example_in_one_node,
@@ -20,9 +18,4 @@ from test_text_on_nodes import (  # noqa: F401
     test_what_was_loaded_stays_on_the_node_when_the_job_ends_and_when_the_page_is_reloaded,
 )
 
-
-@pytest.fixture(scope="module")
-def url(comfyui, base):
-    newest = browser.options(environment.NEWEST_FRONTEND)
-    with comfy_client.running_server(comfyui, base, options=("--cpu", *newest)) as url:
-        yield url
+url = served(environment.NEWEST_FRONTEND)

@@ -1,9 +1,7 @@
 """What nodes say on themselves, in the oldest frontend that is supported."""
 
-import browser
-import comfy_client
 import environment
-import pytest
+from frontends import served
 from test_text_on_nodes import (  # noqa: F401
     pytestmark,
     test_an_interrupted_training_leaves_on_the_node_where_to_go_on_from,
@@ -11,9 +9,4 @@ from test_text_on_nodes import (  # noqa: F401
     test_what_was_loaded_stays_on_the_node_when_the_job_ends_and_when_the_page_is_reloaded,
 )
 
-
-@pytest.fixture(scope="module")
-def url(comfyui, base):
-    oldest = browser.options(environment.OLDEST_FRONTEND)
-    with comfy_client.running_server(comfyui, base, options=("--cpu", *oldest)) as url:
-        yield url
+url = served(environment.OLDEST_FRONTEND)

@@ -13,6 +13,8 @@ import training_graph
 pytestmark = [pytest.mark.browser,
               pytest.mark.skipif(not environment.chromium(), reason=environment.NO_CHROMIUM)]
 
+LOAD = {"class_type": "ControlNeXtLoader",
+        "inputs": {"controlnext_name": stand_in.CONTROLNEXT, "variant": "sd15"}}
 LOADED = "sd15 for SD1.5, 3.53 million parameters, float16"
 READ = """id => {  // the text on a node where it is seen in full
     const element = app.graph.getNodeById(id)?.widgets?.find(widget => widget.name == 'controlnext_text')?.element
@@ -56,8 +58,7 @@ def reload(page, node: str, text: str) -> str:
 def test_what_was_loaded_stays_on_the_node_when_the_job_ends_and_when_the_page_is_reloaded(url, page, nodes2):
     post(f"{url}/free", {"free_memory": True})  # or the node would not run again
     run(page, {
-        "load": {"class_type": "ControlNeXtLoader",
-                 "inputs": {"controlnext_name": stand_in.CONTROLNEXT, "variant": "sd15"}},
+        "load": LOAD,
         "end": {"class_type": "PreviewAny", "inputs": {"source": ["load", 0]}}})
     wait_for_text(page, "load", LOADED)
     page.wait_for_function(IDLE)
@@ -69,8 +70,7 @@ def test_what_was_loaded_stays_on_the_node_when_the_job_ends_and_when_the_page_i
 def test_what_was_loaded_stays_on_the_node_when_another_node_fails(url, page):
     post(f"{url}/free", {"free_memory": True})
     run(page, {
-        "load": {"class_type": "ControlNeXtLoader",
-                 "inputs": {"controlnext_name": stand_in.CONTROLNEXT, "variant": "sd15"}},
+        "load": LOAD,
         "fail": {"class_type": "ControlNeXtSave",
                  "inputs": {"controlnext": ["load", 0], "filename_prefix": "../outside"}}})
     page.wait_for_function(FAILED)

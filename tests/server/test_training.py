@@ -47,10 +47,9 @@ def test_a_training_workflow_trains_saves_and_draws_with_and_without_control(url
     workflow = json.loads((thumbnails.EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
     prompt = thumbnails.on_small_model(to_prompt(workflow, comfy_client.inputs_of(url)),
                                        SimpleNamespace(seed=0, training_steps=2), [drawing], ["rooster"])
-    for kind, input_name in (("KSampler", "steps"), ("ControlNeXtTrain", "batch_size")):
-        for node in prompt.values():
-            if node["class_type"] == kind:
-                node["inputs"][input_name] = 2
+    small = {"KSampler": {"steps": 2}, "ControlNeXtTrain": {"batch_size": 2}}
+    for node in prompt.values():
+        node["inputs"] |= small.get(node["class_type"], {})
     shown = {prompt[node]["class_type"]: output for node, output in comfy_client.run_graph(url, prompt).items()}
     assert shown["LossGraphNode"]["images"]
     text = shown["ControlNeXtSave"]["text"][0]

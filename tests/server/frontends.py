@@ -1,0 +1,14 @@
+"""Another frontend than ComfyUI's own, for the tests of a whole file."""
+
+import browser
+import comfy_client
+import pytest
+
+
+def served(version: str):
+    """The fixture ``url`` of a file whose server has this version of the frontend."""
+    @pytest.fixture(scope="module")
+    def url(comfyui, base):
+        with comfy_client.running_server(comfyui, base, options=("--cpu", *browser.options(version))) as url:
+            yield url
+    return url
