@@ -21,6 +21,12 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNod
             "Comfy.Validation.Workflows": True,
             "LiteGraph.Canvas.MinFontSizeForLOD": 0}  # texts at any zoom
 
+# Nothing moves for longer than an instant, since a page without a GPU spends a third of its time on that.
+STILL = """addEventListener('DOMContentLoaded', () => document.head.appendChild(document.createElement('style'))
+    .textContent = `*, *::before, *::after {
+        animation-duration: 1ms !important; animation-iteration-count: 1 !important; transition-duration: 1ms !important
+    }`)"""
+
 
 def options(frontend: str) -> tuple[str, str]:
     """What ComfyUI has to be started with so that it serves this version of its frontend instead of its own."""
@@ -37,7 +43,8 @@ def open_page(browser: Browser, url: str, settings: dict) -> Page:
     post = urllib.request.Request(f"{url}/settings", json.dumps(SETTINGS | settings).encode(),
                                   {"Content-Type": "application/json"})
     comfy_client.open_url(post).close()
-    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page = browser.new_page(viewport={"width": 1600, "height": 1000}, reduced_motion="reduce")
+    page.add_init_script(STILL)
     page.set_default_timeout(60_000)  # milliseconds of each wait, since the machine may be busy
     page.goto(url)
     wait_until_ready(page)

@@ -111,7 +111,6 @@ def unet_weights_loaded(run, models_folder, model, tensors):
     return run("ControlNeXtUNetLoader", model=model, unet_name="golden_unet.safetensors", strength=1.0, mode="auto")
 
 
-@pytest.mark.versions
 @pytest.mark.parametrize("base", ["sd15"], indirect=True, scope="module")  # the only one whose goldens have differences
 def test_unet_with_a_file_of_differences_equals_reference(run, goldens, models_folder, base, unet):
     delta = goldens.unet[base]["delta"]

@@ -21,10 +21,9 @@ import environment  # noqa: E402
 import numpy as np  # noqa: E402
 import stand_in  # noqa: E402
 import torch  # noqa: E402
+from frontends import SWITCH_FACE  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-
-SWITCH_FACE = "nodes2 => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', nodes2)"
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
-"""Another frontend than ComfyUI's own, for the tests of a whole file."""
+"""The faces of a frontend, and another one than ComfyUI's own, for the tests of a whole file."""
 
 import browser
 import comfy_client
 import pytest
+
+SWITCH_FACE = "nodes2 => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', nodes2)"
 
 
 def served(version: str):

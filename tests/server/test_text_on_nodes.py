@@ -9,6 +9,7 @@ import environment
 import pytest
 import stand_in
 import training_graph
+from frontends import SWITCH_FACE
 
 pytestmark = [pytest.mark.browser,
               pytest.mark.skipif(not environment.chromium(), reason=environment.NO_CHROMIUM)]
@@ -47,15 +48,7 @@ def wait_for_text(page, node: str, words: str) -> str:
     return page.evaluate(READ, node)
 
 
-def reload(page, node: str, text: str) -> str:
-    """What the node says when the page has come back with its workflow."""
-    page.wait_for_function("text => Object.values(localStorage).some(kept => kept.includes(text))", arg=text[:20])
-    page.reload()
-    browser.wait_until_ready(page)
-    return wait_for_text(page, node, text[:20])
-
-
-def test_what_was_loaded_stays_on_the_node_when_the_job_ends_and_when_the_page_is_reloaded(url, page, nodes2):
+def test_what_was_loaded_stays_on_the_node_when_the_job_ends(url, page, nodes2):
     post(f"{url}/free", {"free_memory": True})  # or the node would not run again
     run(page, {
         "load": LOAD,
@@ -64,7 +57,6 @@ def test_what_was_loaded_stays_on_the_node_when_the_job_ends_and_when_the_page_i
     page.wait_for_function(IDLE)
     page.wait_for_timeout(1000)
     assert wait_for_text(page, "load", LOADED) == LOADED
-    assert reload(page, "load", LOADED) == LOADED
 
 
 def test_what_was_loaded_stays_on_the_node_when_another_node_fails(url, page):
@@ -79,13 +71,25 @@ def test_what_was_loaded_stays_on_the_node_when_another_node_fails(url, page):
     page.keyboard.press("Escape")  # older frontends tell it in a dialog
 
 
-def test_an_interrupted_training_leaves_on_the_node_where_to_go_on_from(url, page, pictures):
-    run(page, training_graph.graph(steps=1000, preview_every=0, filename_prefix="text"))
-    wait_for_text(page, "train", "step 10 of 1000")
+def test_an_interrupted_training_leaves_on_the_node_where_to_go_on_from_and_reloading_the_page_keeps_all_texts(
+        url, page, pictures):
+    post(f"{url}/free", {"free_memory": True})
+    training = training_graph.graph(steps=300, preview_every=0, filename_prefix="text")
+    training["train"]["inputs"]["controlnext"] = ["load", 0]
+    run(page, training | {"load": LOAD})
+    wait_for_text(page, "train", "of 300")
     post(f"{url}/interrupt", {})
     wait_for_text(page, "train", "stopped after step")
     page.wait_for_function(IDLE)
     page.wait_for_timeout(1000)
-    text = wait_for_text(page, "train", "stopped after step")
-    assert "choose text_" in text and "in resume_from" in text
-    assert reload(page, "train", text) == text
+    texts = {"train": wait_for_text(page, "train", "stopped after step"), "load": LOADED}
+    assert "choose text_" in texts["train"] and "in resume_from" in texts["train"]
+
+    for text in texts.values():
+        page.wait_for_function("text => Object.values(localStorage).some(kept => kept.includes(text))", arg=text[:20])
+    page.reload()
+    browser.wait_until_ready(page)
+    for nodes2 in (False, True):
+        page.evaluate(SWITCH_FACE, nodes2)
+        for node, text in texts.items():
+            assert wait_for_text(page, node, text[:20]) == text
