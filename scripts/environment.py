@@ -317,8 +317,10 @@ def pip_install(python: Path, *arguments: str) -> None:
 
 
 def repair_torch_packages(python: Path) -> None:
-    """Make torchvision and torchaudio import beside a torch that is for the processor. SetupError: they cannot."""
-    """Make torchvision and torchaudio, which are built for a GPU, import beside a torch that is not."""
+    """Make torchvision and torchaudio, which are built for a GPU, import beside a torch that is not.
+
+    SetupError: they cannot.
+    """
     if _imports(python, "torchvision, torchaudio"):
         return
     print("torchvision and torchaudio are built for a GPU: declaring two of torchvision's operators and removing "
