@@ -18,7 +18,7 @@ PICTURES = environment.cache_folder() / "screenshots"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False,
-            "Comfy.Validation.Workflows": True,
+            "Comfy.Validation.Workflows": True, "Comfy.RightSidePanel.IsOpen": False,
             "LiteGraph.Canvas.MinFontSizeForLOD": 0}  # texts at any zoom
 
 # Nothing moves for longer than an instant, since a page without a GPU spends a third of its time on that.

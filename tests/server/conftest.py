@@ -67,13 +67,15 @@ def url(comfyui, base):
 
 @pytest.fixture(scope="module")
 def open_page(url):
-    """open_page(locale): ComfyUI in that language's window."""
+    """open_page(locale): ComfyUI's window, the only one, in that language."""
     playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need the Python package playwright")
     with playwright.sync_playwright() as run:  # ended with this module: other tests run event loops of their own
         chromium = browser.launch(run)
 
-        @functools.cache
+        @functools.lru_cache(1)
         def open_page(locale: str):
+            for context in chromium.contexts:  # of another language; a page draws on while nobody looks
+                context.close()
             return browser.open_page(chromium, url, {"Comfy.Locale": locale})
         yield open_page
 
