@@ -7,6 +7,7 @@ SDXL one does, since this UNet has one level and so lacks SD1.5's own place.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,8 @@ def control_images(run: Callable, pictures: torch.Tensor, kind: str) -> torch.Te
     if kind == "canny":
         edges = run("ControlNeXtCanny", image=pictures, threshold="auto", low_threshold=100, high_threshold=200)
         return edges[..., :1].clone()  # gray, for they lie in memory together
-    regions = np.stack([drawn_region(picture) for picture in to_drawings(pictures.movedim(-1, 1))])
+    with ThreadPoolExecutor() as pool:
+        regions = np.stack(list(pool.map(drawn_region, to_drawings(pictures.movedim(-1, 1)))))
     return torch.from_numpy(regions).float()[..., None]
 
 
