@@ -253,11 +253,11 @@ def load_data(folder: Path) -> Data:
     from demo_model.agreement import drawn_edges
     from demo_model.bases import BASES
     from demo_model.drawings import load_drawings
-    from demo_model.samples import Samples, as_image, control_maps, encode, load_texts, varied_drawings
+    from demo_model.samples import Samples, Varied, as_image, control_maps, encode, load_texts
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder, std = load_autoencoder()
     drawn, autoencoder = load_drawings(folder), autoencoder.to(device)
-    varied = varied_drawings(drawn)
+    varied = Varied(drawn, device=device)
     latents = encode(varied, autoencoder.taesd_encoder)
     captions, _ = load_texts(drawn, folder, BASES["sd15"])
     samples = Samples(latents / latents.std(), captions, control_maps(varied, drawn_edges), drawn)

@@ -27,9 +27,9 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from demo_model.bases import BASES
+    from demo_model import provide
     from demo_model.drawings import load_drawings
-    from demo_model.samples import UPRIGHT, varied_drawings
+    from demo_model.samples import UPRIGHT, Varied
 
     def coarse(images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.interpolate(images, (COARSE, COARSE), mode="area").flatten(1)
@@ -37,12 +37,12 @@ def main() -> None:
     drawn = load_drawings(harness.environment.cache_folder() / "demo_model")
     prompts = drawn.training[::len(drawn.training) // PROMPTS][:PROMPTS]
     captions = [drawn.captions[index] for index in prompts]
-    varied = varied_drawings(drawn)
+    varied = Varied(drawn)
     known = torch.cat([coarse(varied[index][:UPRIGHT]) for index in drawn.training])
     pack, own = harness.Pack(), torch.from_numpy(np.searchsorted(drawn.training, prompts))[:, None]
 
     ranks, distances, rows = {}, {}, []
-    for base in BASES:
+    for base in (made.name for made in provide.MADE):
         pictures = pack.demonstration(drawn.pictures[prompts], captions, CFG, base).draw(SEED)
         harness.save_sheet(f"recognition_{base}", pictures.split(ROW))
         apart = torch.cdist(coarse(pictures.movedim(-1, 1).float()), known).unflatten(1, (-1, UPRIGHT)).amin(dim=2)

@@ -69,7 +69,7 @@ def main() -> None:
                     for pictures in (uncontrolled, demonstration.ceiling()))
 
     def fresh(timed: bool, times_as_wide: int, seed: int) -> dict:
-        family = dataclasses.replace(FAMILIES[base.name], timed=timed)
+        family = dataclasses.replace(FAMILIES[base.family], timed=timed)
         widths = {name: width * times_as_wide for name, width in control.WIDTHS.items()}
         return new_module(family, seed, **widths, out=base.width).state_dict()
 

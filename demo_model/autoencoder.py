@@ -10,11 +10,10 @@ from comfy.taesd.taesd import TAESD, Block, Clamp, conv
 from torch import nn
 
 from demo_model.bases import Base
-from demo_model.drawings import draw_variations, vary
+from demo_model.drawings import draw_variations, to_images, vary
 from demo_model.loop import initialise, mixed_precision
 
 WIDTH = 32
-BATCH, CROP = 16, 64  # pictures, pixels on a side
 LEARNING_RATE = 1e-3
 LATENT_NOISE = 0.05  # so that near latents mean near pictures
 
@@ -60,16 +59,24 @@ class Autoencoder(nn.Module):
             tensors[name][tuple(slice(side) for side in tensor.shape)] = tensor
 
 
-def autoencoder_loss(model: Autoencoder, images: torch.Tensor) -> Callable[[torch.Generator], torch.Tensor]:
-    """The loss of a batch of crops: how far colours and edges are off, at the pixel and at the latent's scale."""
-    def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
-        rows = torch.randint(len(images), (BATCH,), generator=generator)
-        varied = vary(images[rows], draw_variations(BATCH, generator).to(images.device))
-        top, left = torch.randint(images.shape[-1] - CROP + 1, (2,), generator=generator).tolist()
-        target = varied[:, :, top:top + CROP, left:left + CROP].contiguous(memory_format=torch.channels_last)
+def autoencoder_loss(model: Autoencoder, drawings: torch.Tensor, batch: int,
+                     crop: int) -> Callable[[torch.Generator], torch.Tensor]:
+    """The loss of a batch of crops: how far colours and edges are off, at the pixel and at the latent's scale.
 
-        noise = torch.randn(BATCH, model.channels, CROP // 8, CROP // 8, generator=generator).to(images.device)
-        with mixed_precision(images.device):
+    Args:
+        drawings: (N, H, W, 3) uint8, on the model's device.
+        batch, crop: number of pictures, pixels on a side.
+    """
+    device = drawings.device
+
+    def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
+        rows = torch.randint(len(drawings), (batch,), generator=generator, device=device)
+        varied = vary(to_images(drawings[rows]), draw_variations(batch, generator))
+        top, left = torch.randint(drawings.shape[1] - crop + 1, (2,), generator=generator, device=device).tolist()
+        target = varied[:, :, top:top + crop, left:left + crop].contiguous(memory_format=torch.channels_last)
+
+        noise = torch.randn(batch, model.channels, crop // 8, crop // 8, generator=generator, device=device)
+        with mixed_precision(device):
             decoded, latents = model(target, noise)
 
         error = decoded.float() - target

@@ -7,6 +7,7 @@ SDXL one does, since this UNet has one level and so lacks SD1.5's own place.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,14 @@ from controlnext_core.module import new_module
 from demo_model.agreement import drawn_region
 from demo_model.bases import Base
 from demo_model.drawings import Drawings, to_drawings
-from demo_model.samples import varied_drawings
+from demo_model.samples import Varied
 
 WIDTHS = {"stem_0": 32, "stem_1": 32, "width_0": 64, "width_1": 64, "width_2": 128}
 NARROW = "narrow.safetensors"
 # share of the captions that are another drawing's: edges, which tell more than a caption, are to hold against it
 SWAPPED_CAPTIONS = {"canny": 0.3, "mask": 0.0, "super_resolution": 0.3}
 SETTINGS = {
-    "batch_size": 8, "learning_rate": 1e-3, "unet_learning_rate": 3e-4, "trainable": "module and UNet weights",
+    "learning_rate": 1e-3, "unet_learning_rate": 3e-4, "trainable": "module and UNet weights",
     "scale_learning_rate": 0.0,  # these controls are older than it
     "training_dtype": "bf16" if torch.cuda.is_available() else "fp32", "gradient_checkpointing": False,
     "caption_dropout": 0.3,  # more than usual: control is to work without a prompt as well
@@ -46,11 +47,15 @@ BASE_SETTINGS = {
         "ema": 0.998,
     },
 }
-KIND_SETTINGS = {"super_resolution": {
-    # all of the picture's stream, whose colours are to stay those of the small picture
-    "unet_pattern": r"to_out|to_[qkv]|norm1\.|\.ff\.|^proj_out|pos_embed\.proj|norm_out",
-    "ema": 0.999,  # the longer the training, the longer the average
-}}
+BASE_SETTINGS["sd3_192"] = BASE_SETTINGS["sd3"] | {"ema": 0.995}
+# all of the picture's stream, whose colours are to stay those of the small picture
+PICTURES_STREAM = r"to_out|to_[qkv]|norm1\.|\.ff\.|^proj_out|pos_embed\.proj|norm_out"
+KIND_SETTINGS = {
+    ("sd3", "super_resolution"): {"unet_pattern": PICTURES_STREAM,
+                                  "ema": 0.999},  # the longer the training, the longer the average
+    ("sd3_192", "super_resolution"): {"unet_pattern": PICTURES_STREAM},
+    ("sd3_192", "mask"): {"unet_pattern": "to_out"},  # a small file, since a region has no detail
+}
 
 
 def dataset(run: Callable, drawings: Drawings, base: Base, kind: str, file: Path) -> dict:
@@ -61,22 +66,27 @@ def dataset(run: Callable, drawings: Drawings, base: Base, kind: str, file: Path
         file: keeps latents and encoded captions, for they take minutes.
     """
     model, clip, vae = run("CheckpointLoaderSimple", ckpt_name=base.checkpoint)
-    varied = varied_drawings(drawings)
-    pictures = [varied[index].movedim(1, -1) for index in drawings.training]
+    varied = Varied(drawings, base.variations, "cuda" if torch.cuda.is_available() else "cpu")
+    shown = [drawings.captions[index] for index in drawings.training]
+    texts, latents, images = [*dict.fromkeys(shown), ""], [], []
+    for variations in varied.some(drawings.training):
+        pictures = variations.flatten(0, 1).movedim(1, -1).cpu()
+        images.append(control_images(run, pictures, kind))
+        if not file.exists():
+            latents.append(run("VAEEncode", pixels=pictures, vae=vae))
     if not file.exists():
-        texts = [*(drawings.captions[index] for index in drawings.training), ""]
-        torch.save(([run("VAEEncode", pixels=variations, vae=vae) for variations in pictures],
-                    [run("CLIPTextEncode", clip=clip, text=text) for text in texts]), file)
-    latents, (*captions, empty) = torch.load(file, weights_only=True)
+        torch.save((latents, [run("CLIPTextEncode", clip=clip, text=text) for text in texts]), file)
+    latents, encoded = torch.load(file, weights_only=True)
+    caption_of = dict(zip(texts, encoded, strict=True))
 
-    generator, conditioning = np.random.default_rng(0), []
-    for own, variations in enumerate(pictures):
-        swapped = generator.random(len(variations)) < SWAPPED_CAPTIONS[kind]
-        others = generator.integers(len(captions), size=len(variations))
-        conditioning += [captions[row] for row in np.where(swapped, others, own)]
+    generator, conditioning, each = np.random.default_rng(0), [], sum(base.variations)
+    for own in range(len(shown)):
+        swapped = generator.random(each) < SWAPPED_CAPTIONS[kind]
+        others = generator.integers(len(shown), size=each)
+        conditioning += [caption_of[shown[row]] for row in np.where(swapped, others, own)]
 
-    return {"model": [model], "latents": latents, "conditioning": conditioning, "empty_conditioning": [empty],
-            "images": [control_images(run, variations, kind) for variations in pictures]}
+    return {"model": [model], "latents": latents, "conditioning": conditioning,
+            "empty_conditioning": [caption_of[""]], "images": images}
 
 
 def control_images(run: Callable, pictures: torch.Tensor, kind: str) -> torch.Tensor:
@@ -84,9 +94,11 @@ def control_images(run: Callable, pictures: torch.Tensor, kind: str) -> torch.Te
     if kind == "super_resolution":
         return pictures
     if kind == "canny":
-        return run("ControlNeXtCanny", image=pictures, threshold="auto", low_threshold=100, high_threshold=200)
-    regions = np.stack([drawn_region(picture) for picture in to_drawings(pictures.movedim(-1, 1))])
-    return torch.from_numpy(regions).float()[..., None].expand(-1, -1, -1, 3)
+        edges = run("ControlNeXtCanny", image=pictures, threshold="auto", low_threshold=100, high_threshold=200)
+        return edges[..., :1].clone()  # gray, for they lie in memory together
+    with ThreadPoolExecutor() as pool:
+        regions = np.stack(list(pool.map(drawn_region, to_drawings(pictures.movedim(-1, 1)))))
+    return torch.from_numpy(regions).float()[..., None]
 
 
 def train(run: Callable, folder: Path, drawings: Drawings, base: Base, kind: str, steps: int, encoded: Path,
@@ -100,16 +112,17 @@ def train(run: Callable, folder: Path, drawings: Drawings, base: Base, kind: str
         changes: inputs of Train ControlNeXt that are to be other than the settings here.
     """
     output, name = folder / "output", f"{base.name}_{kind}"
-    start = start or new_module(FAMILIES[base.name], **WIDTHS, out=base.width).state_dict()
+    start = start or new_module(FAMILIES[base.family], **WIDTHS, out=base.width).state_dict()
     save_file(start, folder / "models" / "controlnext" / NARROW)
 
-    settings = SETTINGS | BASE_SETTINGS[base.name] | KIND_SETTINGS.get(kind, {}) | {
-        "steps": steps, "filename_prefix": name, "super_resolution": kind == "super_resolution"} | changes
+    settings = SETTINGS | BASE_SETTINGS[base.name] | KIND_SETTINGS.get((base.name, kind), {}) | {
+        "steps": steps, "batch_size": base.batches[kind], "filename_prefix": name,
+        "super_resolution": kind == "super_resolution"} | changes
     kept = output.glob(f"controlnext_training/{name}_*.pt")
     if latest := max(kept, key=lambda file: file.stat().st_mtime, default=None):
         settings["resume_from"] = latest.name
 
-    settings["controlnext"] = run("ControlNeXtLoader", controlnext_name=NARROW, variant=base.name)
+    settings["controlnext"] = run("ControlNeXtLoader", controlnext_name=NARROW, variant=base.family)
     controlnext, *_ = run("ControlNeXtTrain", **dataset(run, drawings, base, kind, encoded),
                           **{name: [value] for name, value in settings.items()})
     run("ControlNeXtSave", controlnext=controlnext, filename_prefix=f"controlnext/{name}")

@@ -11,7 +11,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from demo_model.loop import initialise, mixed_precision
-from demo_model.samples import TIMESTEPS, Samples
+from demo_model.samples import BATCH, TIMESTEPS, Samples
 
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "context_dim": 768, "num_heads": 8,
@@ -38,8 +38,8 @@ def new_unet() -> UNetModel:
 
 
 def denoising_loss(predict: Callable, samples: Samples, device: torch.device, dropped: float = DROPPED_CAPTIONS,
-                   snr_limit: float = SNR_LIMIT, swapped: float = 0.0,
-                   teacher: Callable | None = None) -> Callable[[torch.Generator], torch.Tensor]:
+                   snr_limit: float = SNR_LIMIT, swapped: float = 0.0, teacher: Callable | None = None,
+                   batch: int = BATCH) -> Callable[[torch.Generator], torch.Tensor]:
     """The loss of a batch for ``predict(x, timestep, caption, control image) -> noise``.
 
     Args:
@@ -50,7 +50,7 @@ def denoising_loss(predict: Callable, samples: Samples, device: torch.device, dr
     """
     def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
         x0, caption, image, noise, level = (
-            value if value is None else value.to(device) for value in samples.batch(generator, dropped, swapped))
+            value if value is None else value.to(device) for value in samples.batch(generator, dropped, swapped, batch))
         timestep = (level * TIMESTEPS).long().clamp(max=TIMESTEPS - 1)
         alpha = ALPHAS.to(device)[timestep]
         x = alpha.sqrt()[:, None, None, None] * x0 + (1 - alpha).sqrt()[:, None, None, None] * noise

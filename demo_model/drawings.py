@@ -1,4 +1,4 @@
-"""The drawings to learn: animals, food, things and activities (Noto emoji) on white paper, with their names.
+"""The drawings to learn, on white paper, with their names: animals, food, things and activities of Noto emoji, or more.
 
 Faces are left out: nearly all of them are the same circle, so a picture without control would agree with them as well.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,10 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from demo_model import svg_sets
+from demo_model.bases import WEIGHTS
+from demo_model.packages import fetched
 
 PACKAGE = "emoji-datasource-google@16.0.0"  # an npm package, MIT; the drawings are Google's, Apache-2.0
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Objects", "Activities")
@@ -25,7 +28,7 @@ HELD_OUT = 64
 
 @dataclass
 class Drawings:
-    """Pictures (N, SIZE, SIZE, 3) uint8 RGB and their captions; `held_out` are indices that no training sees."""
+    """Pictures (N, size, size, 3) uint8 RGB and their captions; `held_out` are indices that no training sees."""
 
     pictures: np.ndarray
     captions: list[str]
@@ -36,15 +39,20 @@ class Drawings:
         return np.setdiff1d(np.arange(len(self.captions)), self.held_out)
 
 
-def load_drawings(folder: Path) -> Drawings:
-    """Read the drawings, after fetching the package into `folder` with npm on the first call."""
-    package = folder / "package"
-    if not package.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        packed = subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, stdout=subprocess.PIPE)
-        with tarfile.open(folder / packed.stdout.decode().split()[-1]) as archive:
-            archive.extractall(folder, filter="data")
+    @property
+    def texts(self) -> list[str]:
+        """Each caption once and, last, the empty one."""
+        return [*dict.fromkeys(self.captions), ""]
 
+
+def load_drawings(folder: Path, data: str = "noto") -> Drawings:
+    """Read the drawings of a data set, after fetching them into `folder` with npm on the first call."""
+    return DATA[data].read(folder)
+
+
+def read_noto(folder: Path) -> Drawings:
+    """Noto emoji of four categories, one a thing."""
+    package = fetched(PACKAGE, folder)
     entries = json.loads((package / "emoji.json").read_text(encoding="utf-8"))
     entries = sorted((entry for entry in entries if entry["category"] in CATEGORIES and entry["has_img_google"]),
                      key=lambda entry: entry["sort_order"])
@@ -56,20 +64,56 @@ def load_drawings(folder: Path) -> Drawings:
     return Drawings(np.stack(pictures), captions, held_out)
 
 
-def save_held_out(drawings: Drawings, folder: Path) -> None:
-    """Write the held-out drawings as one picture, 8 in a row, and their captions, a line each."""
-    rows = drawings.pictures[drawings.held_out].reshape(-1, 8, SIZE, SIZE, 3)
-    sheet = rows.transpose(0, 2, 1, 3, 4).reshape(-1, 8 * SIZE, 3)
-    cv2.imwrite(str(folder / "held_out.png"), sheet[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
+def gathered(folder: Path) -> Path:
+    """The file with the drawings of many sets. What Noto's held-out drawings show is held out there, too."""
+    file = folder / svg_sets.FILE
+    if not file.is_file():
+        svg_sets.gather(folder, file, load_held_out(WEIGHTS)[1])
+    return file
+
+
+def read_sets(folder: Path) -> Drawings:
+    """Drawings of many sets, several a thing."""
+    return Drawings(*svg_sets.read_gathered(gathered(folder), DATA["sets"].size))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A set of drawings.
+
+    Attributes:
+        read: its drawings from a folder, which is to keep what it fetches.
+        size: pixels on a side.
+        held_out: name of the two files, among weights, with drawings that no training sees and their captions.
+    """
+
+    read: Callable[[Path], Drawings]
+    size: int
+    held_out: str
+
+
+DATA = {"noto": DataSet(read_noto, SIZE, "held_out"), "sets": DataSet(read_sets, 192, "held_out_sets")}
+
+
+def save_held_out(drawings: Drawings, folder: Path, data: str = "noto") -> None:
+    """Write a held-out drawing of each thing into one picture, 8 in a row at most, and their captions, a line each."""
     captions = [drawings.captions[index] for index in drawings.held_out]
-    (folder / "held_out.txt").write_text("\n".join(captions) + "\n", encoding="utf-8", newline="\n")
+    shown = dict.fromkeys(captions)
+    rows = drawings.held_out[[captions.index(caption) for caption in shown]]
+    size, name, across = drawings.pictures.shape[1], DATA[data].held_out, min(8, len(rows))
+    grid = drawings.pictures[rows].reshape(-1, across, size, size, 3)
+    sheet = grid.transpose(0, 2, 1, 3, 4).reshape(-1, across * size, 3)
+    cv2.imwrite(str(folder / f"{name}.png"), sheet[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    (folder / f"{name}.txt").write_text("\n".join(shown) + "\n", encoding="utf-8", newline="\n")
 
 
-def load_held_out(folder: Path) -> tuple[np.ndarray, list[str]]:
-    """The held-out drawings (HELD_OUT, SIZE, SIZE, 3), uint8 RGB, and their captions."""
-    sheet = cv2.imread(str(folder / "held_out.png"))[..., ::-1]
-    drawings = sheet.reshape(-1, SIZE, 8, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, SIZE, SIZE, 3)
-    return drawings, (folder / "held_out.txt").read_text(encoding="utf-8").splitlines()
+def load_held_out(folder: Path, data: str = "noto") -> tuple[np.ndarray, list[str]]:
+    """The held-out drawings of a data set (N, size, size, 3), uint8 RGB, and their captions."""
+    size, name = DATA[data].size, DATA[data].held_out
+    sheet = cv2.cvtColor(cv2.imread(str(folder / f"{name}.png")), cv2.COLOR_BGR2RGB)
+    grid = sheet.reshape(-1, size, sheet.shape[1] // size, size, 3)
+    captions = (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return grid.transpose(0, 2, 1, 3, 4).reshape(-1, size, size, 3), captions
 
 
 def on_white(bgra: np.ndarray) -> np.ndarray:
@@ -80,12 +124,18 @@ def on_white(bgra: np.ndarray) -> np.ndarray:
 
 
 def draw_variations(count: int, generator: torch.Generator, mirrored: float = 0.5) -> torch.Tensor:
-    """Affine maps (count, 2, 3), as `affine_grid` takes them: a share `mirrored`, a little turned, scaled and moved."""
+    """Affine maps (count, 2, 3), as `affine_grid` takes them: a share `mirrored`, a little turned, scaled and moved.
+
+    They are on the generator's device.
+    """
+    def chances() -> torch.Tensor:
+        return torch.rand(count, generator=generator, device=generator.device)
+
     def uniform(low: float, high: float) -> torch.Tensor:
-        return low + (high - low) * torch.rand(count, generator=generator)
+        return low + (high - low) * chances()
 
     angle, zoom = uniform(-math.pi / 30, math.pi / 30), 1 / uniform(0.85, 1.05)
-    mirror = (torch.rand(count, generator=generator) >= mirrored).float() * 2 - 1
+    mirror = (chances() >= mirrored).float() * 2 - 1
     shift_x, shift_y = uniform(-0.06, 0.06), uniform(-0.06, 0.06)
     rows = [torch.stack([mirror * zoom * angle.cos(), -mirror * zoom * angle.sin(), shift_x], 1),
             torch.stack([zoom * angle.sin(), zoom * angle.cos(), shift_y], 1)]
@@ -98,9 +148,9 @@ def vary(images: torch.Tensor, variations: torch.Tensor) -> torch.Tensor:
     return 1 - F.grid_sample(1 - images, grid, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
-def to_images(drawings: np.ndarray) -> torch.Tensor:
+def to_images(drawings: torch.Tensor) -> torch.Tensor:
     """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(drawings)).permute(0, 3, 1, 2).float() / 255
+    return drawings.permute(0, 3, 1, 2).float() / 255
 
 
 def to_drawings(images: torch.Tensor) -> np.ndarray:

@@ -37,7 +37,8 @@ def train(model: nn.Module, loss_of_batch: Callable[[torch.Generator], torch.Ten
     """Train `model` down `loss_of_batch`, from the state in `file` on where there is one.
 
     Args:
-        loss_of_batch: draws a batch with the CPU generator that it gets, seeded by seed and step, and gives its loss.
+        loss_of_batch: draws a batch with the generator that it gets, on the model's device and seeded by seed and
+            step, and gives its loss.
         rates: AdamW's parameter groups.
         average: decay of the moving average.
         save_every: steps between two savings of the state.
@@ -67,7 +68,7 @@ def train(model: nn.Module, loss_of_batch: Callable[[torch.Generator], torch.Ten
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
 
-        loss = loss_of_batch(torch.Generator().manual_seed(seed * steps + step))
+        loss = loss_of_batch(torch.Generator(parameters[0].device).manual_seed(seed * steps + step))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)

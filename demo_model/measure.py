@@ -14,7 +14,6 @@ import torch
 from demo_model import provide
 from demo_model.agreement import drawn_region, edge_f1, iou
 from demo_model.bases import BASES
-from demo_model.drawings import SIZE
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -26,7 +25,7 @@ class Demonstration:
     """The trained model in ComfyUI, drawing for the given captions.
 
     Args:
-        drawings: (N, SIZE, SIZE, 3) uint8 RGB, which the control images are made of.
+        drawings: (N, size, size, 3) uint8 RGB, which the control images are made of.
         captions: N prompts.
         cfg: scale of guidance, 1 for none.
         base: a key of ``BASES``.
@@ -94,7 +93,8 @@ class Demonstration:
             contexts, extras = zip(*(prompt[0] for prompt in self.prompts[1:][rows]), strict=True)
             positive = [torch.cat(contexts), {"pooled_output": torch.cat([e["pooled_output"] for e in extras])}]
 
-            latent = (self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(contexts))
+            height, width = self.images.shape[1:3]
+            latent = (self.run("EmptyLatentImage", width=width, height=height, batch_size=len(contexts))
                       if start is None else self.run("VAEEncode", pixels=start[rows], vae=self.vae))
             latent = self.run("KSampler", model=controlled, positive=[positive], negative=self.prompts[0],
                               latent_image=latent, seed=seed * 1000 + first, cfg=self.cfg,

@@ -70,6 +70,11 @@ class Texts:
     def __len__(self) -> int:
         return len(self.pooled)
 
+    def to(self, device: torch.device) -> Texts:
+        """These texts, on a device."""
+        self.tokens, self.counts, self.pooled = (part.to(device) for part in (self.tokens, self.counts, self.pooled))
+        return self
+
     def __getitem__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(tokens (N, most, WIDTH), how often each is there (N, most), pooled (N, WIDTH)), as far as any row has."""
         counts = self.counts[rows]

@@ -8,10 +8,10 @@ import torch
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, RMSNorm
 
 from demo_model.bases import Base
+from demo_model.loop import mixed_precision
 from demo_model.samples import TIMESTEPS, Samples
 from demo_model.text import WIDTH
 
-BATCH = 32
 LEARNING_RATE = 1e-3
 DROPPED_CAPTIONS = 0.1
 # the logit-normal density of noise levels (arXiv 2403.03206): above 0, for the shape of the whole is fixed there
@@ -52,14 +52,17 @@ def predict(model: MMDiT, x: torch.Tensor, level: torch.Tensor, texts: tuple[tor
                  transformer_options={"optimized_attention_override": attention})
 
 
-def flow_loss(model: MMDiT, samples: Samples, device: torch.device) -> Callable[[torch.Generator], torch.Tensor]:
+def flow_loss(model: MMDiT, samples: Samples, device: torch.device,
+              batch: int) -> Callable[[torch.Generator], torch.Tensor]:
     """The loss of a batch: how far the velocity is off."""
     def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
-        x0, caption, _, noise, spread = samples.batch(generator, DROPPED_CAPTIONS, 0.0, BATCH)
+        x0, caption, _, noise, spread = samples.batch(generator, DROPPED_CAPTIONS, 0.0, batch)
         x0, noise, spread = x0.to(device), noise.to(device), spread.to(device)
         level = (LEVEL_MEAN + LEVEL_STD * torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4))).sigmoid()
         share = level[:, None, None, None]
-        velocity = predict(model, (1 - share) * x0 + share * noise, level, tuple(part.to(device) for part in caption))
-        return (velocity - (noise - x0)).square().mean()
+        with mixed_precision(device):
+            velocity = predict(model, (1 - share) * x0 + share * noise, level,
+                               tuple(part.to(device) for part in caption))
+        return (velocity.float() - (noise - x0)).square().mean()
 
     return loss_of_batch

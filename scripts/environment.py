@@ -36,8 +36,9 @@ TORCH_PACKAGES = ("torch", "torchvision", "torchaudio")
 # Without a GPU the versions are pinned, because the newest torch may come with gigabytes of GPU libraries.
 CPU_PINS = ("torch==2.13.0", "torchvision==0.28.0")
 CPU_TORCHAUDIO = "torchaudio==2.11.0"
-# Playwright drives a Chromium that is there already, or one of its own.
-TOOLS = ("pytest", "pytest-xdist", "ruff", "matplotlib", "tensorboard", "playwright", "comfy-cli", "comfy-test")
+# Playwright drives a Chromium that is there already, or one of its own; resvg-py draws what demo_model learns.
+TOOLS = ("pytest", "pytest-xdist", "ruff", "matplotlib", "tensorboard", "playwright", "comfy-cli", "comfy-test",
+         "resvg-py")
 # Chromium for who has none and cannot install one: an npm package that ships the binary for Linux.
 CHROMIUM_PACKAGE = "@sparticuz/chromium@147.0.0"
 NO_CHROMIUM = ("the browser tests need a Chromium on PATH, and none could be downloaded; get one with `apt-get "

@@ -22,8 +22,9 @@ PYTHON = "3.12"
 TRIED = "right_normal"  # the part
 SYSTEMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
            "manylinux_2_12_x86_64", "manylinux2010_x86_64", "any")
-# packages that ComfyUI imports at its start and that a Python made for torch lacks; the first ones would bring torch
-ALONE = ("torchsde", "trampoline", "comfy-aimdo", "spandrel")
+# packages that ComfyUI imports at its start, or demo_model, and that a Python made for torch lacks; the first ones
+# would bring torch
+ALONE = ("torchsde", "trampoline", "comfy-aimdo", "spandrel", "resvg-py")
 PURE = ("comfy-kitchen",)  # without its own kernels, which take 45 MB and no part
 WITH_THEIRS = ("av", "alembic", "SQLAlchemy", "blake3", "simpleeval", "pydantic", "pydantic-settings")
 # what is there: the Python that it is for, and the one that it is tried in

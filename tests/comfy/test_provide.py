@@ -19,9 +19,9 @@ from demo_model.text import Texts, encode_texts
 from demo_model.transformer import new_transformer, predict
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=provide.MADE, ids=lambda base: base.name)
 def base(request):
-    return BASES[request.param]
+    return request.param
 
 
 @pytest.fixture(scope="module")
