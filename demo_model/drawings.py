@@ -38,7 +38,6 @@ class Drawings:
     def training(self) -> np.ndarray:
         return np.setdiff1d(np.arange(len(self.captions)), self.held_out)
 
-
     @property
     def texts(self) -> list[str]:
         """Each caption once and, last, the empty one."""
