@@ -51,6 +51,8 @@ WIDTHS = {
                       width_3=256, out=1280),
 }
 TIME_WIDTHS = ("frequencies", "time")  # a module without time lacks them
+# A new module without time is this much narrower: most of what it computes is in the stem (benchmarks/without_time.py).
+WITHOUT_TIME = dict(stem_1=48)
 
 
 def layout_of(keys: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 from .cross_normalization import pool
 from .families import Family
-from .layouts import TIME_WIDTHS, WIDTHS
+from .layouts import TIME_WIDTHS, WIDTHS, WITHOUT_TIME
 
 STEM_GROUPS = 2  # cannot be deduced from the state dict, nor can the other group numbers
 CHANNELS_PER_GROUP = 32
@@ -212,7 +212,8 @@ def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, op
     """A fresh module of a family in float32, initialised as the reference does: every layer as torch has it.
 
     Args:
-        family: its layout gives the reference's widths and whether there is a stem; it says whether there is time.
+        family: its layout gives the reference's widths and whether there is a stem; it says whether there is time, and
+            a module without it has a narrower stem.
         seed: makes the weights; torch's own random numbers are left as they were.
         zero_convolution: start with a last convolution of zeros, for training without cross normalization.
         operations: where layers come from; they must initialise themselves, as ``torch.nn`` does.
@@ -225,7 +226,7 @@ def new_module(family: Family, seed: int = 0, zero_convolution: bool = False, op
     """
     reference = WIDTHS[family.layout]
     if not family.timed:
-        reference = {name: width for name, width in reference.items() if name not in TIME_WIDTHS}
+        reference = {name: width for name, width in reference.items() if name not in TIME_WIDTHS} | WITHOUT_TIME
     if unknown := widths.keys() - reference.keys():
         raise ValueError(f"{min(unknown)} is not a width of {family.name}; it has {', '.join(reference)}.")
 
