@@ -257,7 +257,7 @@ def load_data(folder: Path) -> Data:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder, std = load_autoencoder()
     drawn, autoencoder = load_drawings(folder), autoencoder.to(device)
-    varied = Varied(drawn, device=device)
+    varied = Varied(drawn, BASES["sd15"].variations, device)
     latents = encode(varied, autoencoder.taesd_encoder)
     captions, _ = load_texts(drawn, folder, BASES["sd15"])
     samples = Samples(latents / latents.std(), captions, control_maps(varied, drawn_edges), drawn)
@@ -282,13 +282,14 @@ def agreement(model: nn.Module, data: Data) -> float:
 
 def prepare(kind: Kind, seed: int, folder: Path) -> tuple[nn.Module, Callable, list[dict]]:
     """(model, loss of a batch, AdamW's parameter groups)."""
+    from demo_model.bases import BASES
     from demo_model.denoiser import denoising_loss
     data = load_data(folder)
     model, rates = controlled(kind, load_unet(), seed)
     model.to(data.device)
     teacher = trained_controlnet(seed, folder).to(data.device) if kind.taught else None
-    loss = denoising_loss(model, data.samples, data.device, dropped=DROPPED_CAPTIONS, snr_limit=SNR_LIMIT,
-                          swapped=SWAPPED_CAPTIONS, teacher=teacher)
+    loss = denoising_loss(model, data.samples, BASES["sd15"].batches["denoiser"], dropped=DROPPED_CAPTIONS,
+                          snr_limit=SNR_LIMIT, swapped=SWAPPED_CAPTIONS, teacher=teacher)
     return model, with_features(loss, model.unet, teacher.unet) if kind.matched else loss, rates
 
 

@@ -28,8 +28,9 @@ def main() -> None:
     import torch
 
     from demo_model import provide
+    from demo_model.bases import BASES
     from demo_model.drawings import load_drawings
-    from demo_model.samples import UPRIGHT, Varied
+    from demo_model.samples import Varied
 
     def coarse(images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.interpolate(images, (COARSE, COARSE), mode="area").flatten(1)
@@ -37,15 +38,16 @@ def main() -> None:
     drawn = load_drawings(harness.environment.cache_folder() / "demo_model")
     prompts = drawn.training[::len(drawn.training) // PROMPTS][:PROMPTS]
     captions = [drawn.captions[index] for index in prompts]
-    varied = Varied(drawn)
-    known = torch.cat([coarse(varied[index][:UPRIGHT]) for index in drawn.training])
+    variations = BASES["sd15"].variations
+    varied, upright = Varied(drawn, variations), variations[0]
+    known = torch.cat([coarse(varied[index][:upright]) for index in drawn.training])
     pack, own = harness.Pack(), torch.from_numpy(np.searchsorted(drawn.training, prompts))[:, None]
 
     ranks, distances, rows = {}, {}, []
     for base in (made.name for made in provide.MADE):
         pictures = pack.demonstration(drawn.pictures[prompts], captions, CFG, base).draw(SEED)
         harness.save_sheet(f"recognition_{base}", pictures.split(ROW))
-        apart = torch.cdist(coarse(pictures.movedim(-1, 1).float()), known).unflatten(1, (-1, UPRIGHT)).amin(dim=2)
+        apart = torch.cdist(coarse(pictures.movedim(-1, 1).float()), known).unflatten(1, (-1, upright)).amin(dim=2)
         ranks[base] = (apart < apart.gather(1, own)).sum(dim=1).tolist()
         distances[base] = (apart.gather(1, own) / known.shape[1] ** 0.5).mean().item()
         rows.append([base, *(f"{np.mean(np.array(ranks[base]) < most):.0%}" for most in PLACES),

@@ -51,7 +51,7 @@ WIDTHS = {
                       width_3=256, out=1280),
 }
 TIME_WIDTHS = ("frequencies", "time")  # a module without time lacks them
-# A new module without time is this much narrower: most of what it computes is in the stem (benchmarks/without_time.py).
+# widths of a new module without time: the stem takes more than a third of what it computes (benchmarks/without_time.py)
 WITHOUT_TIME = dict(stem_1=48)
 
 

@@ -11,7 +11,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from demo_model.loop import initialise, mixed_precision
-from demo_model.samples import BATCH, TIMESTEPS, Samples
+from demo_model.samples import TIMESTEPS, Samples
 
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "context_dim": 768, "num_heads": 8,
@@ -37,25 +37,25 @@ def new_unet() -> UNetModel:
     return unet
 
 
-def denoising_loss(predict: Callable, samples: Samples, device: torch.device, dropped: float = DROPPED_CAPTIONS,
-                   snr_limit: float = SNR_LIMIT, swapped: float = 0.0, teacher: Callable | None = None,
-                   batch: int = BATCH) -> Callable[[torch.Generator], torch.Tensor]:
+def denoising_loss(predict: Callable, samples: Samples, batch: int, dropped: float = DROPPED_CAPTIONS,
+                   snr_limit: float = SNR_LIMIT, swapped: float = 0.0,
+                   teacher: Callable | None = None) -> Callable[[torch.Generator], torch.Tensor]:
     """The loss of a batch for ``predict(x, timestep, caption, control image) -> noise``.
 
     Args:
+        batch: number of samples.
         dropped, swapped: shares of the captions that are replaced by the empty one, and by another drawing's.
         snr_limit: the most that a sample's error in x0 weighs, which is its signal-to-noise ratio + SNR_OFFSET; low
             for coarse structure.
         teacher: like ``predict``; what it predicts is then to be met, not the noise itself.
     """
     def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
-        x0, caption, image, noise, level = (
-            value if value is None else value.to(device) for value in samples.batch(generator, dropped, swapped, batch))
+        x0, caption, image, noise, level = samples.batch(generator, dropped, swapped, batch)
         timestep = (level * TIMESTEPS).long().clamp(max=TIMESTEPS - 1)
-        alpha = ALPHAS.to(device)[timestep]
+        alpha = ALPHAS.to(samples.device)[timestep]
         x = alpha.sqrt()[:, None, None, None] * x0 + (1 - alpha).sqrt()[:, None, None, None] * noise
 
-        with mixed_precision(device):
+        with mixed_precision(samples.device):
             predicted = predict(x, timestep.float(), caption.float(), image)
             if teacher is not None:
                 with torch.no_grad():

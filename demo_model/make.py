@@ -156,8 +156,7 @@ class Making:
         from demo_model.samples import Samples
         unet = new_unet().to(self.device)
         loss = denoising_loss(lambda x, timestep, caption, _: unet(x, timesteps=timestep, context=caption),
-                              Samples(latents, texts[0], None, self.drawings), self.device,
-                              batch=self.base.batches["denoiser"])
+                              Samples(latents, texts[0], None, self.drawings), self.base.batches["denoiser"])
         return unet, loss, LEARNING_RATE
 
     def sd3(self, latents: torch.Tensor, texts: tuple[torch.Tensor, torch.Tensor]):
@@ -166,7 +165,7 @@ class Making:
         from demo_model.text import Texts
         from demo_model.transformer import LEARNING_RATE, flow_loss, new_transformer
         transformer = new_transformer(self.base).to(self.device)
-        loss = flow_loss(transformer, Samples(latents, Texts(*texts), None, self.drawings), self.device,
+        loss = flow_loss(transformer, Samples(latents, Texts(*texts), None, self.drawings),
                          self.base.batches["denoiser"])
         return transformer, loss, LEARNING_RATE
 

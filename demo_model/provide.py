@@ -23,18 +23,20 @@ LORA = "drawings_style_lora.safetensors"
 SD3_CANNY, SD3_CANNY_UNET = "drawings_sd3_canny_controlnet.safetensors", "drawings_sd3_canny_unet.safetensors"
 SD3_RESTORING, SD3_RESTORING_UNET = ("drawings_sd3_super_resolution_controlnet.safetensors",
                                      "drawings_sd3_super_resolution_unet.safetensors")
-MADE = [base for base in BASES.values() if (WEIGHTS / base.checkpoint.removeprefix("drawings_")).is_file()]
+
+
+def source(name: str) -> Path:
+    """The file that one of FILES is made from."""
+    return WEIGHTS / name.removeprefix("drawings_")
+
+
+MADE = [base for base in BASES.values() if source(base.checkpoint).is_file()]
 FILES = {**dict.fromkeys((CANNY, CANNY_UNET, MASK, MASK_UNET, SD3_CANNY, SD3_CANNY_UNET, SD3_RESTORING,
                           SD3_RESTORING_UNET), "controlnext"),
          LORA: "loras",
          **{base.checkpoint: "checkpoints" for base in MADE}}
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 SCALE = ".row_scale"  # ends the name of the scale of each row of a matrix in 8 bits
-
-
-def source(name: str) -> Path:
-    """The file that one of FILES is made from."""
-    return WEIGHTS / name.removeprefix("drawings_")
 
 
 def provide(comfyui: Path, models: Path) -> None:

@@ -13,8 +13,6 @@ from demo_model.bases import Base
 from demo_model.drawings import Drawings, draw_variations, to_drawings, to_images, vary
 from demo_model.text import encode_texts
 
-BATCH = 16
-UPRIGHT, MIRRORED = 4, 4  # variations of each drawing, in this order
 AT_ONCE = 64  # drawings whose variations a GPU makes and encodes together
 TIMESTEPS = 1000
 
@@ -37,7 +35,7 @@ class Samples:
         text_rows = {text: row for row, text in enumerate(drawings.texts)}
         self.text_rows = torch.tensor([text_rows[text] for text in (*drawings.captions, "")], device=self.device)
 
-    def batch(self, generator: torch.Generator, dropped: float, swapped: float, size: int = BATCH) -> tuple:
+    def batch(self, generator: torch.Generator, dropped: float, swapped: float, size: int) -> tuple:
         """(x0, caption, control image or None, noise, noise level) of `size` samples; levels spread evenly in [0, 1].
 
         Args:
@@ -73,8 +71,7 @@ class Varied:
         device: makes and has them.
     """
 
-    def __init__(self, drawings: Drawings, variations: tuple[int, int] = (UPRIGHT, MIRRORED),
-                 device: torch.device | str = "cpu"):
+    def __init__(self, drawings: Drawings, variations: tuple[int, int], device: torch.device | str = "cpu"):
         self.pictures, self.device = torch.from_numpy(drawings.pictures), torch.device(device)
         generator, count = torch.Generator().manual_seed(0), len(drawings.captions)
         self.maps = torch.cat([draw_variations(count * each, generator, mirrored).unflatten(0, (count, each))

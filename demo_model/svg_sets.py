@@ -49,13 +49,11 @@ class IconSet:
 
     Attributes:
         svgs: {name in the set: drawing}.
-        codes: {name in the set: its code points}; empty where the package does not tell.
-        chars: the same the other way round.
+        chars: {code points: name in the set}; empty where the package does not tell.
         kinds: {kind: names}.
     """
 
     svgs: dict[str, str]
-    codes: dict[str, str]
     chars: dict[str, str]
     kinds: dict[str, list[str]]
 
@@ -71,8 +69,7 @@ def read_set(folder: Path) -> IconSet:
         return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
                 f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>')
 
-    return IconSet({name: svg(icon) for name, icon in icons["icons"].items()},
-                   {name: code for code, name in chars.items()}, chars, metadata.get("categories", {}))
+    return IconSet({name: svg(icon) for name, icon in icons["icons"].items()}, chars, metadata.get("categories", {}))
 
 
 def gather(packages: Path, file: Path, held_out: list[str], more: int = MORE_HELD_OUT) -> None:
@@ -93,10 +90,10 @@ def gather(packages: Path, file: Path, held_out: list[str], more: int = MORE_HEL
 
     drawings = []
     for one in sets:
-        own = {}
+        own, codes = {}, {name: code for code, name in one.chars.items()}
         for name, svg in one.svgs.items():
             # some sets number drawings of one thing
-            thing = noto.chars.get(one.codes.get(name), re.sub(r"-\d$", "", name))
+            thing = noto.chars.get(codes.get(name), re.sub(r"-\d$", "", name))
             if thing in known:
                 own.setdefault(thing, svg)
         drawings += [(thing, own[thing]) for thing in known if thing in own]

@@ -52,17 +52,14 @@ def predict(model: MMDiT, x: torch.Tensor, level: torch.Tensor, texts: tuple[tor
                  transformer_options={"optimized_attention_override": attention})
 
 
-def flow_loss(model: MMDiT, samples: Samples, device: torch.device,
-              batch: int) -> Callable[[torch.Generator], torch.Tensor]:
-    """The loss of a batch: how far the velocity is off."""
+def flow_loss(model: MMDiT, samples: Samples, batch: int) -> Callable[[torch.Generator], torch.Tensor]:
+    """The loss of a batch of so many samples: how far the velocity is off."""
     def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
         x0, caption, _, noise, spread = samples.batch(generator, DROPPED_CAPTIONS, 0.0, batch)
-        x0, noise, spread = x0.to(device), noise.to(device), spread.to(device)
         level = (LEVEL_MEAN + LEVEL_STD * torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4))).sigmoid()
         share = level[:, None, None, None]
-        with mixed_precision(device):
-            velocity = predict(model, (1 - share) * x0 + share * noise, level,
-                               tuple(part.to(device) for part in caption))
+        with mixed_precision(samples.device):
+            velocity = predict(model, (1 - share) * x0 + share * noise, level, caption)
         return (velocity.float() - (noise - x0)).square().mean()
 
     return loss_of_batch

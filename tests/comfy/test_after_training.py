@@ -20,6 +20,7 @@ from sampling import TRAINING, cond, latent, picture
 from tokens import new_controlnext
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainings import samples, train_on, weights
+from versions import on_older
 
 from controlnext_core.families import FAMILIES
 from controlnext_core.module import new_module
@@ -27,7 +28,6 @@ from controlnext_core.module import new_module
 KEPT = Path(folder_paths.get_output_directory()) / "controlnext_training"
 SETTINGS = TRAINING | dict(steps=2, learning_rate=1e-3, unet_learning_rate=1e-3, filename_prefix="after")
 UNETS = ("sd15", "sdxl", "svd")
-ON_OLDER = ("sd15", "flux", "wan")  # versions of ComfyUI
 
 
 def new_model(base: str):
@@ -72,8 +72,7 @@ MOVES = {"outside of inference mode": lambda model: clone_data(model),
          "under inference mode": torch.inference_mode()(clone_data)}
 
 
-@pytest.mark.parametrize("base", [pytest.param(base, marks=pytest.mark.versions if base in ON_OLDER else ())
-                                  for base in ("sd15", "sdxl", *TRANSFORMERS)])
+@pytest.mark.parametrize("base", on_older(("sd15", "sdxl", *TRANSFORMERS), ["sd15", "flux", "wan"]))
 def test_a_model_that_a_node_loaded_is_trained_as_often_as_one_likes_wherever_its_weights_were_moved(train, base):
     with torch.inference_mode():
         model = new_model(base)

@@ -11,6 +11,7 @@ import torch
 from models import small_unet, stock_controlnet
 from safetensors.torch import save_file
 from sampling import cond, conds, latent, picture, relative, sample
+from versions import on_older
 
 VERSIONS = pytest.mark.versions
 
@@ -25,7 +26,7 @@ SAMPLINGS = {
     "flow 2.5": ("ModelSamplingSD3", dict(shift=2.5)),
     "flow 1.58": ("ModelSamplingSD3", dict(shift=1.58)),
 }
-KINDS = [pytest.param(kind, marks=VERSIONS if kind in ("epsilon", "flow 1.58") else ()) for kind in SAMPLINGS]
+KINDS = on_older(SAMPLINGS, ["epsilon", "flow 1.58"])
 PERCENTS = [(0.25, 0.75), (0.75, 1.0), (0.5, 0.625)]  # ComfyUI's own lose the first step of shift 1.58 at a start of 0
 
 

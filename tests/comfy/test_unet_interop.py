@@ -18,6 +18,7 @@ from models import golden_unet, known_unet, stock_controlnet
 from safetensors.torch import save_file
 from sampling import cond, sample
 from test_unet_loader import differences, full, original, save_lora
+from versions import on_older
 
 from controlnext_core.checkpoint import open_checkpoint
 
@@ -153,11 +154,9 @@ OTHERS = {
         "PatchModelAddDownscale", model=model, block_number=1, downscale_factor=2.0, start_percent=0.0, end_percent=1.0,
         downscale_after_skip=True, downscale_method="bilinear", upscale_method="bilinear"), {}),
 }
-ON_OLDER = ("LoraLoaderModelOnly",)  # versions of ComfyUI
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.versions if name in ON_OLDER else ())
-                                  for name in OTHERS])
+@pytest.mark.parametrize("name", on_older(OTHERS, ["LoraLoaderModelOnly"]))
 def test_the_result_is_the_expected_one_before_and_after(run, unet, baked, with_weights, with_control, name, request):
     other, options = OTHERS[name]
     if name == "DifferentialDiffusion" and not GOLDEN:
