@@ -107,7 +107,7 @@ class FeatureCache:
     def holds(self, key: Hashable) -> bool:
         """Whether ``get`` would compute nothing."""
         with self._lock:
-            return any(key in run for run in self._runs)
+            return self._holds(key)
 
     def get(self, key: Hashable, compute: Callable[[], tuple[torch.Tensor, ...]],
             step: Hashable = None) -> tuple[torch.Tensor, ...]:
@@ -131,7 +131,7 @@ class FeatureCache:
             tensors = compute()
         size = _bytes(tensors)
         with self._lock:
-            if size <= self.limit and key not in self._runs[-1]:
+            if size <= self.limit and not self._holds(key):  # another thread may have kept it by now
                 self._make_room(size)
                 if self.size + size <= self.limit:
                     self._keep(key, tensors, step)
@@ -160,6 +160,9 @@ class FeatureCache:
             self._leave(self._on_device)
             self._runs = [{key: kept for key, kept in run.items() if kept.moves} for run in self._runs]
             self.size = sum(kept.size for kept in self.kept())
+
+    def _holds(self, key: Hashable) -> bool:
+        return any(key in run for run in self._runs)
 
     def _keep(self, key: Hashable, tensors: tuple[torch.Tensor, ...], step: Hashable) -> None:
         try:

@@ -121,6 +121,18 @@ def test_a_bound_of_zero_keeps_nothing(cache_of):
     assert cache.size == 0
 
 
+def test_what_two_threads_compute_at_once_is_kept_once_also_when_a_run_ends_between_them(cache_of):
+    cache = cache_of(4 * MB)
+
+    def compute_while_another_thread_does():
+        ask(cache, ["a"])
+        cache.end_run()
+        return (torch.zeros(MB, dtype=torch.uint8),)
+    cache.get("a", compute_while_another_thread_does)
+    assert ask(cache, ["a"]) == 0
+    assert cache.size == sum(kept.size for kept in cache.kept()) == MB
+
+
 def test_threads_get_their_own_results_within_the_bound(cache_of):
     cache, wrong, limit = cache_of(50 * 1000), [], 50 * 1000
 
