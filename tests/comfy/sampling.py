@@ -8,6 +8,7 @@ import torch
 
 FAMILIES = {"sd15": "sd15", "sd15_mid": "sd15", "sdxl": "sdxl", "svd": "svd", "svd_padded": "svd", "svd_mid": "svd"}
 FRAMES = 2
+TOKENS = 8  # of a prompt; fewer than an encoder gives, since a transformer runs them through every layer
 TRAINING = dict(batch_size=1, seed=1, training_dtype="fp32", trainable="module and UNet weights",
                 gradient_checkpointing=True, save_every=0, preview_every=0)  # inputs of Train ControlNeXt
 # {base: what is between batch and rows in its latents' shape}, if that is not 16 channels
@@ -25,7 +26,7 @@ def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = No
     sd3 = "context_embedder_config" in config
     generator = torch.Generator().manual_seed(1000 + seed)
     if context is None:
-        tokens = 1 if config.get("use_temporal_attention") else 77
+        tokens = 1 if config.get("use_temporal_attention") else TOKENS
         width = next((config[name] for name in CONTEXT_WIDTHS if name in config), 4096)  # else T5's
         # Krea 2 takes several layers of its encoder's, LTX-2 what its connectors leave for each of two streams
         width *= 2 if config.get("image_model") == "ltxav" else config.get("txtlayers", 1)

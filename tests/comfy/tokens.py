@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn.functional as F
 from models import NARROW, TRANSFORMERS
-from sampling import conds, latent, picture, sample
+from sampling import TOKENS, conds, latent, picture, sample
 
 from controlnext_core.families import FAMILIES
 from controlnext_core.module import new_module
@@ -73,7 +73,7 @@ BASES = {
     "wan": Base("blocks", 0, "context", 128, 1000.0, frames=2),
     "hunyuan_video15": Base("double_blocks", "img", "txt", 128, 1000.0, ratio=16, patch=1, frames=2),
     "ltxv": Base("transformer_blocks", 0, "context", 128, ratio=32, patch=1, frames=2, images=8),
-    "krea2": Base("blocks", 0, 0, 128, places=("tokens",), before=77),
+    "krea2": Base("blocks", 0, 0, 128, places=("tokens",), before=TOKENS),
     "anima": Base("blocks", 0, 2, 128, places=("tokens",)),
     "auraflow": Base("double_layers", 1, 0, 128),
     "ltx2": Base("transformer_blocks", 0, "v_context", 128, ratio=32, patch=1, frames=2, images=8),
