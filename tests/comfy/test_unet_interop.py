@@ -26,6 +26,7 @@ MODEL = dict(transformer_depth_middle=1)  # self attention guidance works in the
 # With this variable set: the UNet that the goldens were computed with, which takes 12 GB and 5 minutes more.
 GOLDEN = bool(os.environ.get("CONTROLNEXT_GOLDEN_INTEROP"))
 BOUND = 5e-5 if GOLDEN else 2e-5
+SIDE = 16 if GOLDEN else 8  # of the latents
 
 
 def interop_unet(goldens, seed: int = 0):
@@ -47,7 +48,7 @@ def unet(goldens):
 
 @pytest.fixture(scope="module")
 def image():
-    return torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(4))
+    return torch.rand(1, 8 * SIDE, 8 * SIDE, 3, generator=torch.Generator().manual_seed(4))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def with_control(run, goldens, models_folder, image):
 
 def sampled(model, frames: int = 1, **options) -> torch.Tensor:
     positive, negative = options.pop("conds", None) or (cond(model), cond(model, 1))
-    latent = torch.zeros(frames, 4, 16, 16)
+    latent = torch.zeros(frames, 4, SIDE, SIDE)
     return sample(model, positive, negative, latent, **{"cfg": 3.0, "steps": 1, **options})
 
 
@@ -138,7 +139,7 @@ OTHERS = {
     "LoraLoaderModelOnly": (lambda run, model: run("LoraLoaderModelOnly", model=model, lora_name=lora_file(model),
                                                    strength_model=-0.7), {}),
     "FreeU_V2": (lambda run, model: run("FreeU_V2", model=model, b1=1.3, b2=1.4, s1=0.9, s2=0.2), {}),
-    "HyperTile": (lambda run, model: run("HyperTile", model=model, tile_size=64, swap_size=1, max_depth=0,
+    "HyperTile": (lambda run, model: run("HyperTile", model=model, tile_size=32, swap_size=1, max_depth=0,
                                          scale_depth=False), {}),
     "SelfAttentionGuidance": (lambda run, model: run("SelfAttentionGuidance", model=model, scale=0.5, blur_sigma=2.0),
                               {}),
@@ -146,7 +147,7 @@ OTHERS = {
     "ModelSamplingDiscrete": (lambda run, model: run("ModelSamplingDiscrete", model=model, sampling="lcm", zsnr=False),
                               {"sampler": "lcm", "steps": 2}),
     "DifferentialDiffusion": (lambda run, model: run("DifferentialDiffusion", model=model, strength=1.0),
-                              {"noise_mask": torch.linspace(0, 1, 256).reshape(1, 16, 16)}),
+                              {"noise_mask": torch.linspace(0, 1, SIDE ** 2).reshape(1, SIDE, SIDE)}),
     "ContextWindowsManual": (lambda run, model: run(
         "ContextWindowsManual", model=model, context_length=2, context_overlap=1, context_schedule="standard_static",
         context_stride=1, closed_loop=False, fuse_method="pyramid", dim=0, freenoise=False), {"frames": 3}),
