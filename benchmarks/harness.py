@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent
 
-sys.path[1:1] = [str(REPOSITORY / "scripts"), str(REPOSITORY / "tests" / "comfy")]
+sys.path[1:1] = [str(REPOSITORY / folder) for folder in ("scripts", "tests/comfy", "tests/goldens")]
 import environment  # noqa: E402
 import in_process  # noqa: E402
 import stand_in  # noqa: E402

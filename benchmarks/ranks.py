@@ -51,7 +51,8 @@ def as_rank(steps: int) -> None:
     pack, model = harness.Pack(), small_sd3()
     numbers = torch.Generator().manual_seed(0)
     latents, images = torch.randn(64, 16, 12, 12, generator=numbers), torch.rand(64, 96, 96, 3, generator=numbers)
-    samples = pack.module("nodes.training.data").samples_for(model, [{"samples": latents}], [cond(model)], [images])
+    samples = pack.module("nodes.training.data").samples_for(model, [{"samples": latents}], [cond(model, tokens=77)],
+                                                             [images])
     settings = pack.module("nodes.training.settings").TrainSettings(
         batch_size=BATCH, training_dtype="fp32", gradient_checkpointing=False)
     ranks = pack.module("controlnext_core.ranks").Ranks()

@@ -162,7 +162,7 @@ class Bench:
         case = self.case
         image = torch.rand(case.frames, case.height, case.width, 3, generator=torch.Generator().manual_seed(2))
         extra = {"concat_latent_image": torch.randn(1, *self.latent.shape[1:])} if case.video else {}
-        conds = cond(self.bare, 0, **extra), cond(self.bare, 1, **extra)
+        conds = cond(self.bare, 0, tokens=77, **extra), cond(self.bare, 1, tokens=77, **extra)
 
         controlled = self.pack.run("ControlNeXtApply", model=self.bare, controlnext=self.controlnext, image=image,
                                    strength=1.0, start_percent=0.0, end_percent=1.0)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import comfy.model_management
-import harness
 import models
 import sampling
 import tokens
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from golden_forwards import BASES, BOUND, controlled, forward_inputs
+from goldens import Goldens
 from on_gpu.device import CUDA, DEVICE
 from on_gpu.figures import Work
 from safetensors.torch import save_file
@@ -27,20 +27,10 @@ SMALL = ("sd15",)  # families of a dry run, and those that it compiles
 SMALL_COMPILED = ("wan",)
 
 
-def module_of(path: str):
-    """A module of the tests by its path, for names that ComfyUI or another folder has as well."""
-    file = harness.REPOSITORY / "tests" / path
-    spec = importlib.util.spec_from_file_location(file.stem + "_of_tests", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def goldens(work: Work) -> None:
     """The module, and full-size UNets under control, in float32 without TF32, beside the reference implementation's."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    folder = harness.REPOSITORY / "tests" / "goldens"
-    known = module_of("conftest.py").Goldens(folder)
+    known = Goldens()
     for family in [FAMILIES[SMALL[0]]] if work.small else [one for one in FAMILIES.values() if one.released]:
         module = open_checkpoint(known.state_dict(family.name), family.name).load_weights().to(DEVICE)
         work.note(f"module of {family.name}, largest difference, of the std", module_difference(known, family, module),
@@ -63,20 +53,19 @@ def module_difference(known, family, module: torch.nn.Module) -> float:
 
 
 def unet_goldens(work: Work, known) -> None:
-    """Full-size UNets under control, by the tests' own comparison."""
-    of_tests = module_of("comfy/test_goldens.py")
-    for base, families in of_tests.BASES.items():
+    """Full-size UNets under control."""
+    for base, families in BASES.items():
         unet = models.golden_unet(known, base)
         for family in families:
             for case in known.unet[family]["cases"]:
                 for output, strength in (("on", 1.0), ("half", 0.5)):
-                    model = of_tests.controlled(work.pack.run, known, work.pack.models, unet, family, case, strength)
-                    positive, x, sigma = of_tests.forward_inputs(known, base, model, case)
+                    model = controlled(work.pack.run, known, work.pack.models, unet, family, case, strength)
+                    positive, x, sigma = forward_inputs(known, base, model, case)
                     result = sampling.one_forward(model, positive, x, sigma).cpu()
                     result = result[None] if base == "svd" else result
                     work.note(f"{case['name']} {output}, largest difference, of the std",
                               known.difference("unet.safetensors", case["outputs"][output], result),
-                              most=of_tests.BOUND[base])
+                              most=BOUND[base])
         comfy.model_management.unload_all_models()
         del unet, model
 
@@ -101,7 +90,7 @@ def precision(work: Work) -> None:
 
 def every_family(work: Work) -> dict[str, tuple]:
     """{family: (base, function that makes the base's small MODEL in a dtype, CONTROLNEXT)}."""
-    known = module_of("conftest.py").Goldens(harness.REPOSITORY / "tests" / "goldens")
+    known = Goldens()
     found = {}
 
     def of_unet(base: str) -> Callable:

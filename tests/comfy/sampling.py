@@ -8,7 +8,7 @@ import torch
 
 FAMILIES = {"sd15": "sd15", "sd15_mid": "sd15", "sdxl": "sdxl", "svd": "svd", "svd_padded": "svd", "svd_mid": "svd"}
 FRAMES = 2
-TOKENS = 8  # of a prompt; fewer than an encoder gives, since a transformer runs them through every layer
+TOKENS = 8  # of a prompt; CLIP gives 77, but a transformer runs all through every layer
 TRAINING = dict(batch_size=1, seed=1, training_dtype="fp32", trainable="module and UNet weights",
                 gradient_checkpointing=True, save_every=0, preview_every=0)  # inputs of Train ControlNeXt
 # {base: what is between batch and rows in its latents' shape}, if that is not 16 channels
@@ -20,13 +20,14 @@ CONTEXT_WIDTHS = ("context_dim", "context_in_dim", "joint_attention_dim", "cap_f
                   "caption_channels", "txtdim", "crossattn_emb_channels", "cond_seq_dim")
 
 
-def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = None, **extra) -> list:
+def cond(model, seed: int = 0, batch: int = 1, context: torch.Tensor | None = None, tokens: int = TOKENS,
+         **extra) -> list:
     """A CONDITIONING with a seeded random prompt of the model's width."""
     config = model.model.model_config.unet_config
     sd3 = "context_embedder_config" in config
     generator = torch.Generator().manual_seed(1000 + seed)
     if context is None:
-        tokens = 1 if config.get("use_temporal_attention") else TOKENS
+        tokens = 1 if config.get("use_temporal_attention") else tokens
         width = next((config[name] for name in CONTEXT_WIDTHS if name in config), 4096)  # else T5's
         # Krea 2 takes several layers of its encoder's, LTX-2 what its connectors leave for each of two streams
         width *= 2 if config.get("image_model") == "ltxav" else config.get("txtlayers", 1)

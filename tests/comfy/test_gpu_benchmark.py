@@ -43,7 +43,8 @@ def by_python(*lines: str) -> list[str]:
 
 
 def test_a_dry_run_finds_every_kind_of_figure_and_all_that_is_not_about_time_holds(tmp_path):
-    environment = {**os.environ, "COMFYUI_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    (tmp_path / "pytest.py").write_text("raise ModuleNotFoundError('a machine that is there for its GPU has none')")
+    environment = {**os.environ, "COMFYUI_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, COMMAND, *DRY_RUN, "--small", "--minutes", "60", "--out", tmp_path]
     said = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
