@@ -130,7 +130,12 @@ def rasterised(svgs: tuple[str, ...], size: int) -> np.ndarray:
 
 
 def picture(svg: str, size: int) -> np.ndarray:
-    """One of them."""
+    """One of them, in the middle where it is not square."""
     import resvg_py
     png = resvg_py.svg_to_bytes(svg, width=size, height=size, background="white", skip_system_fonts=True)
-    return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    drawn = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+
+    height, width = drawn.shape[:2]
+    top, left = (size - height) // 2, (size - width) // 2
+    return cv2.copyMakeBorder(drawn, top, size - height - top, left, size - width - left, cv2.BORDER_CONSTANT,
+                              value=(255, 255, 255))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -72,6 +73,12 @@ def test_drawings_of_all_sets_have_the_names_that_the_first_has(drawings):
             "rocket", "farmer"]
     assert drawings.captions == [*noto, "cat face", "cat", "hot beverage", "red apple", "cat", "bell"]
     assert drawings.pictures.shape == (18, 192, 192, 3)
+
+
+def test_a_drawing_that_is_not_square_is_in_the_middle_of_white_paper():
+    ink = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 10"><path d="M0 0h20v10H0z"/></svg>'
+    above, drawn, below = np.split(svg_sets.picture(ink, 64), [16, 48])
+    assert (above == 255).all() and not drawn.any() and (below == 255).all()
 
 
 def test_a_thing_is_held_out_in_every_set_and_people_are_not(drawings):

@@ -87,6 +87,12 @@ def run(url, base, files):
     return run_workflow
 
 
+@pytest.mark.parametrize("without", ["ControlNeXtApply", "ControlNeXtUNetLoader"])
+def test_poses_and_unet_weights_both_change_the_video(run, without):
+    whole, part = run("SVD Pose Video"), run("SVD Pose Video", without)
+    assert (whole.frames != part.frames).float().mean() > 0.01
+
+
 @pytest.mark.parametrize("name", FRAMES)
 def test_the_workflow_saves_a_video_of_the_pictures_pose_and_all_poses_of_the_driving_video(run, name):
     result = run(name)
@@ -94,9 +100,3 @@ def test_the_workflow_saves_a_video_of_the_pictures_pose_and_all_poses_of_the_dr
     assert result.rate == 12
     assert "control images for a batch of" not in result.log
     assert ("Using context windows" in result.log) is ("Long" in name)
-
-
-@pytest.mark.parametrize("without", ["ControlNeXtApply", "ControlNeXtUNetLoader"])
-def test_poses_and_unet_weights_both_change_the_video(run, without):
-    whole, part = run("SVD Pose Video"), run("SVD Pose Video", without)
-    assert (whole.frames != part.frames).float().mean() > 0.01
