@@ -33,7 +33,7 @@ sys.path += [str(REPOSITORY / "scripts"), str(REPOSITORY / "benchmarks"), str(RE
 
 import environment  # noqa: E402
 import in_process  # noqa: E402
-from on_gpu import pack  # noqa: E402
+from on_gpu import pack as packing  # noqa: E402
 
 from demo_model.bases import BASES, WEIGHTS, Base  # noqa: E402
 
@@ -75,18 +75,18 @@ class Making:
     Args:
         share: of the steps.
         data: the folder with the drawings.
-        pack: gives ComfyUI's nodes and the pack's.
+        new_pack: gives ComfyUI's nodes and the pack's.
     """
 
     def __init__(self, base: Base, folder: Path, weights: Path, share: float, data: Path,
-                 pack: Callable[[], in_process.Pack] = in_process.Pack):
+                 new_pack: Callable[[], in_process.Pack] = in_process.Pack):
         import torch
 
         from demo_model.drawings import load_drawings
         self.base, self.folder, self.weights = base, folder, weights
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.steps = {stage: max(1, round(count * share)) for stage, count in base.steps.items()}
-        self.drawings, self.new_pack = load_drawings(data, base.data), pack
+        self.drawings, self.new_pack = load_drawings(data, base.data), new_pack
 
     def make(self, stages: list[str]) -> None:
         for stage in stages:
@@ -228,7 +228,7 @@ def pack_all(folder: Path, packed: Path) -> None:
     from demo_model.drawings import gathered
     packed.mkdir(parents=True, exist_ok=True)
     shutil.copy(gathered(folder), packed)
-    pack.pack(packed)
+    packing.pack(packed)
 
 
 def main() -> None:
@@ -236,7 +236,7 @@ def main() -> None:
     end_after(options.minutes)
     folder = options.folder or environment.cache_folder() / "demo_model"
     try:
-        os.environ.update(pack.unpacked(options.packed.absolute()) if options.packed else {})
+        os.environ.update(packing.unpacked(options.packed.absolute()) if options.packed else {})
     except environment.SetupError as error:
         sys.exit(f"Error: {error}")
 

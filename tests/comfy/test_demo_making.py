@@ -127,7 +127,7 @@ def made(run, models_folder, gathered, tmp_path_factory):
         counts = []
         for share, stages in ((0.5, ["autoencoder"]), (1.0, make.stages_of(base))):
             making = make.Making(base, folder, weights, share, data=folder,
-                                 pack=lambda: SimpleNamespace(run=run, models=models_folder))
+                                 new_pack=lambda: SimpleNamespace(run=run, models=models_folder))
             making.make(stages)
             counts.append(len(steps))
             steps.clear()
