@@ -10,7 +10,7 @@ import sampling
 import tokens
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from golden_forwards import BASES, BOUND, controlled, forward_inputs
+from golden_forwards import BASES, BOUND, controlled, difference
 from goldens import Goldens
 from on_gpu.device import CUDA, DEVICE
 from on_gpu.figures import Work
@@ -60,12 +60,8 @@ def unet_goldens(work: Work, known) -> None:
             for case in known.unet[family]["cases"]:
                 for output, strength in (("on", 1.0), ("half", 0.5)):
                     model = controlled(work.pack.run, known, work.pack.models, unet, family, case, strength)
-                    positive, x, sigma = forward_inputs(known, base, model, case)
-                    result = sampling.one_forward(model, positive, x, sigma).cpu()
-                    result = result[None] if base == "svd" else result
                     work.note(f"{case['name']} {output}, largest difference, of the std",
-                              known.difference("unet.safetensors", case["outputs"][output], result),
-                              most=BOUND[base])
+                              difference(known, base, model, case, output), most=BOUND[base])
         comfy.model_management.unload_all_models()
         del unet, model
 

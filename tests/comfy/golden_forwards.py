@@ -1,8 +1,8 @@
-"""One forward of a golden case: the UNet's inputs, and the MODEL under the case's control."""
+"""One forward of a golden case: the UNet's inputs, the MODEL under the case's control, how far the output is off."""
 
 import torch
 from safetensors.torch import save_file
-from sampling import cond
+from sampling import cond, one_forward
 
 BASES = {"sd15": ("sd15", "sd15_mid"), "sdxl": ("sdxl",), "svd": ("svd", "svd_padded", "svd_mid")}
 BOUND = {"sd15": 5e-5, "sdxl": 5e-5, "svd": 1e-4}
@@ -42,3 +42,11 @@ def controlled(run, goldens, models_folder, model, variant, case, strength=1.0):
     """The MODEL behind Apply ControlNeXt."""
     return run("ControlNeXtApply", model=model, strength=strength, start_percent=0.0, end_percent=1.0,
                **control(run, goldens, models_folder, variant, case))
+
+
+def difference(goldens, base, model, case, output, positive=None) -> float:
+    """How far one forward is off, as a share of the output's std, with what hangs on ``positive`` if that is given."""
+    own, x, sigma = forward_inputs(goldens, base, model, case)
+    result = one_forward(model, positive or own, x, sigma).cpu()
+    result = result[None] if base == "svd" else result
+    return goldens.difference("unet.safetensors", case["outputs"][output], result)

@@ -5,10 +5,9 @@ import gc
 import comfy.model_management
 import pytest
 import torch
-from golden_forwards import BASES, BOUND, control, controlled, forward_inputs
+from golden_forwards import BASES, BOUND, control, controlled, difference, forward_inputs
 from models import golden_unet
 from safetensors.torch import save_file
-from sampling import one_forward
 
 from controlnext_core.unet_keys import diffusers_to_ldm
 
@@ -37,13 +36,10 @@ def first_case(goldens, base) -> dict:
 
 
 def assert_equals_reference(goldens, base, model, case, output, positive=None):
-    """One forward of a golden case, with what hangs on ``positive`` if that is given."""
-    own, x, sigma = forward_inputs(goldens, base, model, case)
-    result = one_forward(model, positive or own, x, sigma)
-    result = result[None] if base == "svd" else result
-    difference = goldens.difference("unet.safetensors", case["outputs"][output], result)
-    print(f"{case['name']} {output}: {difference:.2e} of the output's std")
-    assert difference <= BOUND[base], f"{case['name']} {output}"
+    """One forward of a golden case, as in ``difference``."""
+    found = difference(goldens, base, model, case, output, positive)
+    print(f"{case['name']} {output}: {found:.2e} of the output's std")
+    assert found <= BOUND[base], f"{case['name']} {output}"
 
 
 def test_unet_equals_reference_without_control(goldens, base, unet):
